@@ -1,1 +1,1 @@
-"""What dies, and what must be true afterwards."""
+"""Tests with faults: killed daemons, failing engine calls, outages, full disks; each checks the state afterwards."""

@@ -1,4 +1,4 @@
-"""What tests that kill daemons can ask for."""
+"""Fixtures of tests that kill daemons."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from tests.run_report import MOMENTS
 
 @pytest_asyncio.fixture
 async def daemon_killer(clean_engine: Rig, request: pytest.FixtureRequest) -> AsyncIterator[DaemonKiller]:
-    """Kills daemons of the test's own, and reports at which moments."""
-    print(f"GPUDOCK_MOMENTS_SEED={SEED}")  # noqa: T201 - shown with a failure
+    """Kills daemons that only the test uses; the moments are reported with the test."""
+    print(f"GPUDOCK_MOMENTS_SEED={SEED}")  # noqa: T201 - pytest shows it with a failure
     daemon_killer = DaemonKiller(clean_engine, f"{SEED}/{request.node.name}")
     request.node.user_properties.append((MOMENTS, daemon_killer.report))
     yield daemon_killer
     await daemon_killer.end()
     clean_engine.engine.remove_all()
-    if COMMITTED in {
-        tag for image in clean_engine.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()
-    }:
+    images = clean_engine.engine.call("GET", "/images/json")
+    if COMMITTED in {tag for image in images for tag in image["RepoTags"] or ()}:
         clean_engine.engine.call("DELETE", f"/images/{COMMITTED}")

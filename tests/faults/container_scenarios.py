@@ -1,4 +1,4 @@
-"""Every operation on containers that daemons are killed in the midst of, and what must be true afterwards."""
+"""The operations on containers during which daemons are killed, and what must be true afterwards."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def _get_or_none(caller: Caller, name: str = "phoenix") -> container_pb2.C
     try:
         return await caller.get(name)
     except grpc.aio.AioRpcError as error:
-        assert error.code() is grpc.StatusCode.NOT_FOUND, error  # noqa: PT017 (any other code is the failure)
+        assert error.code() is grpc.StatusCode.NOT_FOUND, error  # noqa: PT017 - any other code fails the test
         return None
 
 
@@ -56,7 +56,7 @@ async def _require_free(caller: Caller, rig: Rig, count: int) -> None:
 
 
 async def _require_stopped_or_consistent(caller: Caller, rig: Rig, files: str) -> int:
-    """It is as it was asked to be, or as it was before: it runs with all that is its own, or it does not run at all."""
+    """Assert that `phoenix` runs and is consistent, or is stopped; returns its state."""
     container = await caller.get("phoenix")
     if container.status.state == RUNNING:
         await require_consistent(caller, rig, "phoenix", files)
@@ -70,8 +70,8 @@ async def _require_stopped_or_consistent(caller: Caller, rig: Rig, files: str) -
 
 
 def create(rig: Rig, folder: Path) -> KillScenario:
-    """With cards, a port and a host path."""
-    left = bound_host_paths(rig)  # by daemons of other tests
+    """Create a container with GPUs, a port and a host path."""
+    left = bound_host_paths(rig)  # of killed daemons of other tests
     mount = container_pb2.Mount(host_path=str(folder), target="/host")
 
     async def act(caller: Caller) -> None:
@@ -90,7 +90,7 @@ def create(rig: Rig, folder: Path) -> KillScenario:
 
 
 def scale(rig: Rig, folder: Path, *, carry: str) -> KillScenario:
-    """To other cards and back, with its files."""
+    """Scale to other GPUs and back; the files are kept."""
     files, left = "", bound_host_paths(rig)
     mounts = [container_pb2.Mount(host_path=str(folder), target="/host")] if carry == "exchange" else []
 
@@ -108,7 +108,7 @@ def scale(rig: Rig, folder: Path, *, carry: str) -> KillScenario:
 
 
 def rollback(rig: Rig, _folder: Path) -> KillScenario:
-    """Back and forth between two revisions whose files differ; older ones are pruned meanwhile."""
+    """Roll back between two revisions with different files; older revisions are pruned meanwhile."""
     files: dict[int, str] = {}
 
     async def act(caller: Caller) -> None:
@@ -132,7 +132,7 @@ def rollback(rig: Rig, _folder: Path) -> KillScenario:
 
 
 def clone(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
-    """Of what a running source has now; it is frozen meanwhile, and must never stay so."""
+    """Clone the current files of a running container, which is paused meanwhile and must run afterwards."""
     others = layer_images(rig)
     files = ""
 
@@ -154,7 +154,7 @@ def clone(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
 
 
 def clone_of_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
-    """Of what was kept as a tree, and as an image, which each gives a name of its own."""
+    """Clone the files of a revision, which are a snapshot, or with `carry` commit an image."""
     others = layer_images(rig)
     files = ""
 
@@ -180,7 +180,7 @@ def clone_of_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
 
 
 def update(rig: Rig, _folder: Path, *, field: str) -> KillScenario:
-    """By a successor, in place, where it is frozen for a moment, and on another image."""
+    """Update by a successor (env), in place with a short pause (labels), or to another image."""
     files = ""
     values: dict[str, tuple[Any, Any]] = {
         "env": ({}, {"a": "b"}),
@@ -203,7 +203,7 @@ def update(rig: Rig, _folder: Path, *, field: str) -> KillScenario:
 
 
 def stop(rig: Rig, _folder: Path) -> KillScenario:
-    """With its files kept."""
+    """Stop with a snapshot of the files."""
     files = ""
 
     async def act(caller: Caller) -> None:
@@ -220,7 +220,7 @@ def stop(rig: Rig, _folder: Path) -> KillScenario:
 
 
 def stop_paused(rig: Rig, _folder: Path) -> KillScenario:
-    """It is thawed first, and by the next daemon perhaps when it has ended already."""
+    """Stop a paused container. It is unpaused first; the next daemon may do that when it has ended already."""
     made = False
 
     async def act(caller: Caller) -> None:
@@ -236,7 +236,7 @@ def stop_paused(rig: Rig, _folder: Path) -> KillScenario:
 
     async def check(caller: Caller) -> None:
         state = (await caller.get("phoenix")).status.state
-        # EXITED where its undo found it ended.
+        # EXITED if the container had ended before the undo.
         assert state in (PAUSED, STOPPED, EXITED), state
         (engine,) = engine_containers(rig)
         assert engine["State"]["Paused"] == (state == PAUSED)
@@ -246,8 +246,8 @@ def stop_paused(rig: Rig, _folder: Path) -> KillScenario:
     return KillScenario("STOP", act, check)
 
 
-def start(rig: Rig, _folder: Path, *, cards: str) -> KillScenario:
-    """With the cards that it had, or with others, for which it is replaced."""
+def start(rig: Rig, _folder: Path, *, gpus: str) -> KillScenario:
+    """Start with the same GPUs, or with others in a new engine container."""
     files = ""
 
     async def act(caller: Caller) -> None:
@@ -257,7 +257,7 @@ def start(rig: Rig, _folder: Path, *, cards: str) -> KillScenario:
         if container.status.state == RUNNING:
             await caller.stop("phoenix")
         now = container.spec.gpus.count
-        await caller.start("phoenix", None if cards == "same" else 5 - now)
+        await caller.start("phoenix", None if gpus == "same" else 5 - now)
 
     async def check(caller: Caller) -> None:
         await _require_stopped_or_consistent(caller, rig, files)
@@ -266,7 +266,7 @@ def start(rig: Rig, _folder: Path, *, cards: str) -> KillScenario:
 
 
 def restart(rig: Rig, _folder: Path) -> KillScenario:
-    """Whatever happens in between, it runs in the end."""
+    """Restart; the container runs in the end, whether the operation is completed or undone."""
     files = ""
 
     async def act(caller: Caller) -> None:
@@ -281,7 +281,7 @@ def restart(rig: Rig, _folder: Path) -> KillScenario:
 
 
 async def _set_paused(caller: Caller, *, paused: bool) -> None:
-    """Freeze or thaw `phoenix`, if it is not so."""
+    """Pause or unpause `phoenix`, unless it is in that state."""
     container = await _get_or_none(caller)
     if container is None:
         container = await caller.create("phoenix", 2, ports=[_PORT])
@@ -305,14 +305,14 @@ def _pause_or_unpause(rig: Rig, _folder: Path, *, kind: str) -> KillScenario:
         assert state in (RUNNING, PAUSED), state
         (engine,) = engine_containers(rig)
         assert engine["State"]["Running"]
-        assert engine["State"]["Paused"] == (state == PAUSED), "it is not as the record has it"
+        assert engine["State"]["Paused"] == (state == PAUSED), "the engine's state differs from the record"
         assert list((await caller.holders()).values()).count("phoenix") == 2
 
     return KillScenario(kind, act, check)
 
 
 def delete(rig: Rig, _folder: Path) -> KillScenario:
-    """With a history, in trees and in images; of one whose deletion failed, the same call finishes the work."""
+    """Delete a container with snapshots and layer images. If the deletion fails, the same call can complete it."""
     others, uid = layer_images(rig), ""
 
     async def act(caller: Caller) -> None:
@@ -329,22 +329,20 @@ def delete(rig: Rig, _folder: Path) -> KillScenario:
         container = await _get_or_none(caller)
         if container is None:
             await _require_free(caller, rig, 8)
-            assert not list(_snapshots(rig).glob(f"*/{uid}/*")), "its files are kept"
+            assert not list(_snapshots(rig).glob(f"*/{uid}/*")), "snapshots of the deleted container are left"
             assert layer_images(rig) == others
         elif container.status.state == RUNNING:
             await require_consistent(caller, rig, "phoenix")
         else:
             assert container.status.state == FAILED, container.status
             assert not container.status.operation_id
-            assert not [
-                inspected for inspected in engine_containers(rig) if inspected["Id"] == container.status.engine_id
-            ]
+            assert container.status.engine_id not in {inspected["Id"] for inspected in engine_containers(rig)}
 
     return KillScenario("DELETE", act, check)
 
 
 def delete_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
-    """What the history names is kept, and nothing else; the container itself notices nothing."""
+    """Delete a revision. The files of the other revisions are kept, and the container is unchanged."""
     others, files = layer_images(rig), ""
 
     async def act(caller: Caller) -> None:
@@ -363,19 +361,19 @@ def delete_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
         on_disk = {path.parent.name for path in _snapshots(rig).glob(f"*/{container.uid}/*/meta.json")}
         assert {int(number) for number in on_disk} <= old
         if carry == "commit":
-            # The current one stands on images of its own.
+            # The current revision has layer images, too.
             assert len(layer_images(rig) - others) >= len(old)
 
     return KillScenario("DELETE_REVISION", act, check, ("--layer-carry", carry))
 
 
 def _snapshots(rig: Rig) -> Path:
-    """The folder with one for each node; in it one for each container."""
+    """The folder of all snapshots, `NODE/UID/REVISION`."""
     return rig.engine.data_root / "gpudock/snapshots"
 
 
 def commit(rig: Rig, _folder: Path) -> KillScenario:
-    """The name is with the old image or the new one, as the operation says; nothing else is left, and it runs."""
+    """Commit to a name that has an image. Afterwards it names the old or the new image, as the operation reports."""
     named = ""
 
     async def act(caller: Caller) -> None:
@@ -399,7 +397,7 @@ def commit(rig: Rig, _folder: Path) -> KillScenario:
             assert last.error.reason == "ENGINE_REJECTED", last
             assert images.get(COMMITTED, "") == named
             return
-        # What was begun is finished by the next daemon.
+        # A commit that has begun is completed by the next daemon.
         assert last.state == operation_pb2.OPERATION_STATE_SUCCEEDED, last
         watch = operation_service_pb2.WatchOperationRequest(id=last.id)
         answers = [answer async for answer in caller.operations.WatchOperation(watch)]
@@ -426,9 +424,9 @@ SCENARIOS: dict[str, ScenarioFactory] = {
     "update-labels": partial(update, field="labels"),
     "update-image": partial(update, field="image"),
     "stop": stop,
-    "stop-frozen": stop_paused,
-    "start": partial(start, cards="same"),
-    "start-with-other-cards": partial(start, cards="other"),
+    "stop-paused": stop_paused,
+    "start": partial(start, gpus="same"),
+    "start-with-other-gpus": partial(start, gpus="other"),
     "restart": restart,
     "pause": partial(_pause_or_unpause, kind="PAUSE"),
     "unpause": partial(_pause_or_unpause, kind="UNPAUSE"),

@@ -1,6 +1,6 @@
-"""A gpudockd that kills itself, with SIGKILL, before the transaction on its store with a given number.
+"""A gpudockd that kills itself with SIGKILL before the store transaction with a given number.
 
-As `instrumented_daemon`, for what a daemon writes without an operation: what it finds when it starts.
+It is for records that a daemon writes without an operation, when it starts; for operations see `instrumented_daemon`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gpudock_server.settings.sources import load
 from tests.faults.instrumented_daemon import DIE_AT
 
 
-class InstrumentedStore:
-    """A store before whose transaction of a number the process ends."""
+class KillingStore:
+    """A store that kills the process before its `die_at`-th transaction."""
 
     def __init__(self, store: Store, die_at: int) -> None:
         self._store = store
@@ -30,7 +30,7 @@ class InstrumentedStore:
         return getattr(self._store, name)
 
     async def apply(self, changes: Sequence[StoreChange]) -> int:
-        """The store's own."""
+        """See `Store.apply`."""
         self._left -= 1
         if not self._left:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -38,8 +38,8 @@ class InstrumentedStore:
 
 
 def main() -> int:
-    """Runs the daemon."""
-    wrappers = PortWrappers(store=lambda store: InstrumentedStore(store, int(os.environ[DIE_AT])))
+    """Run the daemon; returns its exit code."""
+    wrappers = PortWrappers(store=lambda store: KillingStore(store, int(os.environ[DIE_AT])))
     return run(load(sys.argv[1:]).settings, wrappers)
 
 

@@ -31,20 +31,19 @@ from tests.rig.patience import in_time, least_patience, limit
 
 ALL = os.environ.get("GPUDOCK_ALL_MOMENTS", "") not in ("", "0")
 SEED = os.environ.get("GPUDOCK_MOMENTS_SEED") or uuid.uuid4().hex[:8]
-# How many are drawn of a saga's moments between calls, of those during calls, of those of its undoing, and of those
-# that a recovery follows.
+# How many moments are tried: between calls, during calls, while undoing, and before a recovery.
 _DRAWN_BETWEEN, _DRAWN_DURING, _DRAWN_UNDOING, _DRAWN_RECOVERING = 4, 2 if least_patience() == 1 else 1, 1, 1
-# More moments than any operation has: a saga that never ends must fail the test and not hang it.
+# More moments than any operation has, so that an operation that never ends fails the test.
 _MOST_MOMENTS = 200
 _MOST_DRAWN_AGAIN = 5
 _DELAYS_MS = (0, 2, 5, 10, 20, 50, 100)
 _CHILDREN_SECONDS = 15.0
 _SERVING_SECONDS = 60.0
 _OPERATION_SECONDS = 120.0
-# Stages that only look, or may find that there is nothing to do.
+# Stages that change nothing, or may have nothing to change.
 _STAGES_WITHOUT_CHANGE = frozenset({"locate", "verify", "check", "prune", "commit"})
 _COMMIT = "commit"
-# What ends in its own time when its daemon dies.
+# Child processes that may outlive their daemon for a while.
 _SURVIVORS = frozenset({"etcd"})
 
 Act = Callable[[Caller], Awaitable[object]]
@@ -53,10 +52,10 @@ Check = Callable[[Caller], Awaitable[None]]
 
 @dataclass(frozen=True)
 class KillScenario:
-    """An operation that can be asked for again and again.
+    """An operation that can be requested repeatedly.
 
-    `act` asks for one operation of `kind`, whatever state the one before was left in; it prepares what that needs.
-    `check` asserts all that must be true once nothing is under way, and begins no operation of `kind`.
+    `act` requests one operation of `kind`, whatever the state after the operation before; it prepares what that needs.
+    `check` asserts what must be true when no operation is running, and begins no operation of `kind`.
     """
 
     kind: str
@@ -67,7 +66,7 @@ class KillScenario:
 
 @dataclass(frozen=True)
 class Moment:
-    """A moment, as a daemon has printed it. `number` begins with `during ` if it is in the midst of something."""
+    """A moment, as a daemon prints it. `number` begins with `during ` for a moment during a call or a child process."""
 
     number: str
     stage: str
@@ -77,13 +76,13 @@ class Moment:
         return f"{self.stage}: {self.name}"
 
     def after(self, first: Moment) -> Moment:
-        """The same moment, of the recovery from a death at `first`."""
+        """This moment as one of the recovery after a kill at `first`."""
         return Moment(self.number, self.stage, f"{self.name} (after a death at {first})")
 
 
 @dataclass
 class MomentLog:
-    """What a daemon has printed of an operation."""
+    """What a daemon has printed about an operation."""
 
     text: str
     stages: tuple[str, ...] = field(init=False)
@@ -97,32 +96,32 @@ class MomentLog:
 
     @property
     def between(self) -> list[Moment]:
-        """Those between two calls."""
+        """The moments between two calls."""
         return [moment for moment in self.moments if not moment.number.startswith(DURING)]
 
     @property
     def during(self) -> list[Moment]:
-        """Those in the midst of something."""
+        """The moments during a call or a child process."""
         return [moment for moment in self.moments if moment.number.startswith(DURING)]
 
     @property
     def died_at(self) -> Moment | None:
-        """The one that was its last."""
+        """The moment at which the daemon was killed; None if it was not."""
         found = re.search(r"^dying at moment ((?:during )?\d+) \[(.*?)\]: (.*)$", self.text, re.MULTILINE)
         return Moment(*found.groups()) if found else None
 
     @property
     def children(self) -> dict[int, str]:
-        """The processes that it had started and that lived when it died."""
+        """The child processes that were running when the daemon was killed: names by process id."""
         lines = re.findall(r"^children: (.*)$", self.text, re.MULTILINE)
         pairs = (entry.partition(":") for entry in (lines[-1].split() if lines else ()))
         return {int(pid): name for pid, _, name in pairs if name not in _SURVIVORS}
 
 
 def missing_moments(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
-    """What a saga with these stages must have moments of, and has none of.
+    """The moments that an operation with these stages must have, and that are not among `moments`.
 
-    That is a record of its begin, of each stage and of its end, and a change in each stage that changes anything.
+    These are a record of its begin, of each stage and of its end, and a change in each stage that changes something.
     """
     names, changed = (
         {moment.name for moment in moments},
@@ -137,7 +136,7 @@ def missing_moments(stages: Sequence[str], moments: Sequence[Moment]) -> list[st
 
 
 def calls_without_moment(moments: Sequence[Moment]) -> list[str]:
-    """Which of the calls that take their time have no moment in their midst."""
+    """The calls of LASTING and BY_CHILDREN that have no moment during the call."""
     lasting = {port.__name__ for port in LASTING}
     lacking = []
     for moment, following in zip(moments, (*moments[1:], None), strict=True):
@@ -149,17 +148,17 @@ def calls_without_moment(moments: Sequence[Moment]) -> list[str]:
 
 
 def minimum_moments(stages: Sequence[str]) -> int:
-    """How many moments between calls a saga with these stages has at least: see `missing`."""
+    """The minimum number of moments between calls of an operation with these stages; see `missing_moments`."""
     return len(_recorded(stages)) + 3 + len([stage for stage in stages if stage not in _STAGES_WITHOUT_CHANGE])
 
 
 def _recorded(stages: Sequence[str]) -> Sequence[str]:
-    """The stages with a record that does not end the operation; a commit with nothing after it ends it."""
+    """The stages whose record does not end the operation: all, except a commit that is the last stage."""
     return stages[:-1] if stages[-1] == _COMMIT else stages
 
 
 def missing_undo_moments(stages: Sequence[str], moments: Sequence[Moment]) -> list[str]:
-    """As `missing`, of an undo of all steps: a record of its begin, of each step, and of its end."""
+    """As `missing_moments`, for an undo of all steps: a record of its begin, of each step, and of its end."""
     steps = stages[: stages.index(_COMMIT)]
     undone = [moment for moment in moments if moment.name.startswith("before record of UNDOING")]
     ends = [moment for moment in moments if re.match("(before|after) record of (FAILED|CANCELLED)", moment.name)]
@@ -168,24 +167,24 @@ def missing_undo_moments(stages: Sequence[str], moments: Sequence[Moment]) -> li
 
 
 class DaemonKiller:
-    """Kills daemons that have a state of their own, and starts others in their place."""
+    """Kills daemons that only one test uses, and starts their successors."""
 
     def __init__(self, rig: Rig, seed: str) -> None:
         self._rig = rig
-        self._random = random.Random(seed)  # noqa: S311 - to be drawn again is what it is for
+        self._random = random.Random(seed)  # noqa: S311 - the choice must be repeatable
         self._own = own_state_flags()
         self._daemon: Daemon | None = None
         self.report: dict[str, object] = {"seed": SEED, "known": [], "tried": [], "seconds": 0.0}
         self._begun = time.monotonic()
 
-    # -- ways to be killed -------------------------------------------------------------------------------------------
+    # -- ways to kill ------------------------------------------------------------------------------------------------
 
     async def kill_at_one_moment(self, scenario: KillScenario) -> None:
-        """At one moment of its way forward, between two calls or during one."""
+        """Kill at one moment on the way forward, between two calls or during one."""
         log = await self._uninterrupted_log(scenario)
         died = None
         for _ in range(_MOST_DRAWN_AGAIN):
-            # What survives had fewer moments than the one before, as an operation may have that is repeated.
+            # A repeated operation can have fewer moments than the first; the daemon survives then.
             died = await self._run_once(scenario, self._random.choice(self._log.moments).number)
             if died is not None:
                 break
@@ -194,13 +193,13 @@ class DaemonKiller:
         self._report(scenario.kind, log.moments, [died], minimum_moments(log.stages))
 
     async def kill_at_every_moment(self, scenario: KillScenario) -> None:
-        """At moments of its way forward, between calls and during them."""
+        """Kill at several moments on the way forward, between calls and during them."""
         log, tried = await self._uninterrupted_log(scenario), []
         known = list(log.moments)
         for moment in (*self._sample(log.between, _DRAWN_BETWEEN), *self._sample(log.during, _DRAWN_DURING)):
             died = await self._run_once(scenario, moment.number)
             tried += [died] if died else []
-        # Where it sometimes has more to do than at first.
+        # A repeated operation can also have more moments than the first.
         number = len(log.between) + 1
         while ALL and (died := await self._run_once(scenario, str(number))) is not None:
             tried.append(died)
@@ -212,7 +211,7 @@ class DaemonKiller:
         self._report(scenario.kind, known, tried, minimum_moments(log.stages))
 
     async def kill_while_undoing(self, scenario: KillScenario) -> None:
-        """At moments of its undoing, which begins when everything but its commit is done."""
+        """Kill at moments of the undo, which begins when all steps before the commit are done."""
         assert await self._run_once(scenario, "", Phase.UNDOING) is None
         log, tried = self._log, []
         lacking = missing_undo_moments(log.stages, log.between) + calls_without_moment(log.moments)
@@ -225,26 +224,26 @@ class DaemonKiller:
         self._report(scenario.kind, log.moments, tried, log.stages.index(_COMMIT) + 3)
 
     async def kill_while_recovering(self, scenario: KillScenario) -> None:
-        """At a moment of its way forward, and then at one of the recovery by the next daemon."""
+        """Kill at a moment on the way forward, and then at one of the recovery by the next daemon."""
         assert await self._run_once(scenario, "") is None
         forward, tried = self._log.between, []
         known: dict[tuple[str, str], Moment] = {}
 
         async def twice(first: Moment, second: str) -> Moment | None:
-            assert await self._run_once(scenario, first.number) is not None, f"it did not come to {first}"
+            assert await self._run_once(scenario, first.number) is not None, f"the daemon was not killed at {first}"
             died = await self._recover(scenario, second)
             known.update({(first.number, moment.number): moment.after(first) for moment in self._log.moments})
             tried.extend([died.after(first)] if died else [])
             return died
 
-        # What comes after the last record needs no recovery.
+        # After the last record there is nothing to recover.
         for first in self._sample(forward[1:-1], _DRAWN_RECOVERING):
             if not ALL:
                 second = self._random.choice(("", DURING)) + str(self._random.randint(1, len(forward)))
                 for _ in range(_MOST_DRAWN_AGAIN):
                     if await twice(first, second) is not None:
                         break
-                    # It had fewer; these it had.
+                    # The recovery had fewer moments; choose one that it had.
                     second = self._random.choice(self._log.moments).number
                 continue
             for group in ("", DURING):
@@ -257,38 +256,41 @@ class DaemonKiller:
         self._report(scenario.kind, list(known.values()), tried, 1)
 
     async def _uninterrupted_log(self, scenario: KillScenario) -> MomentLog:
-        """What a daemon that survives prints of the operation; it must have all the moments that it should have."""
+        """The log of a daemon that survives the operation; asserts that it has all moments that it must have."""
         assert await self._run_once(scenario, "") is None
         log = self._log
         lacking = missing_moments(log.stages, log.between) + calls_without_moment(log.moments)
         assert not lacking, (lacking, log.stages, log.moments)
         return log
 
-    # -- one life ----------------------------------------------------------------------------------------------------
+    # -- one daemon --------------------------------------------------------------------------------------------------
 
     async def _run_once(self, scenario: KillScenario, die_at: str, phase: Phase = Phase.BEGUN) -> Moment | None:
-        """Have a daemon put right what the one before left, act, and die at a moment; None if it survives."""
+        """Start a daemon that recovers, request the operation, and kill the daemon at `die_at`; None if it survives."""
         await self._restart_and_check(scenario, die_at, phase)
         return await self._act(scenario)
 
     async def _restart_and_check(self, scenario: KillScenario, die_at: str, phase: Phase = Phase.BEGUN) -> None:
-        """The next daemon puts right what this one left, and everything is as it must be."""
+        """Start the next daemon, and run the scenario's check once its recovery has ended."""
         before = self._daemon is not None
         await self._start(scenario, die_at, phase)
         if before:
-            async with Caller(self._running.target) as caller, self._in_time("what was under way did not end"):
+            async with Caller(self._running.target) as caller, self._in_time("no end of the operations"):
                 await caller.until_idle()
                 await scenario.check(caller)
 
     async def _act(self, scenario: KillScenario) -> Moment | None:
-        """Act; the moment at which the daemon died."""
-        async with Caller(self._running.target) as caller, self._in_time("the operation neither ended nor died"):
+        """Request the operation; returns the moment at which the daemon was killed, or None."""
+        async with (
+            Caller(self._running.target) as caller,
+            self._in_time("no end and no kill of the operation"),
+        ):
             try:
                 await scenario.act(caller)
             except grpc.aio.AioRpcError as error:
                 if REFUSAL in (error.details() or ""):
                     return None
-                assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other is the failure)
+                assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 - any other code fails the test
                 return await self._wait_for_death()
         return None
 
@@ -296,22 +298,25 @@ class DaemonKiller:
         assert await asyncio.to_thread(self._running.wait) == -9, self._running.log_text
         moment = self._log.died_at
         assert moment is not None, self._running.log_text
-        print(f"killed at {moment}")  # noqa: T201 - shown with a failure
+        print(f"killed at {moment}")  # noqa: T201 - pytest shows it with a failure
         await require_children_exit(self._log.children)
         return moment
 
     async def _recover(self, scenario: KillScenario, die_at: str) -> Moment | None:
-        """Have the next daemon recover, and perhaps die of it; the moment at which it did."""
+        """Start the next daemon and kill it at `die_at` of its recovery; returns that moment, None if it survives."""
         await self._start(scenario, die_at, Phase.RESUMED, serving=False)
         deadline = time.monotonic() + limit(_SERVING_SECONDS)
         while self._running.running and not await asyncio.to_thread(self._running.serving):
-            assert time.monotonic() < deadline, f"it neither serves nor died: {self._running.log_text}"
+            assert time.monotonic() < deadline, f"the daemon is not serving: {self._running.log_text}"
             await asyncio.sleep(0.02)
         try:
-            async with Caller(self._running.target) as caller, self._in_time("the recovery neither ended nor died"):
+            async with (
+                Caller(self._running.target) as caller,
+                self._in_time("no end and no kill of the recovery"),
+            ):
                 await caller.until_idle()
         except grpc.aio.AioRpcError as error:
-            assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other is the failure)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 - any other code fails the test
             return await self._wait_for_death()
         return None if self._running.running else await self._wait_for_death()
 
@@ -334,12 +339,12 @@ class DaemonKiller:
         )
 
     async def end(self) -> None:
-        """Stop what runs."""
+        """Stop the daemon."""
         if self._daemon is not None:
             await asyncio.to_thread(self._daemon.stop)
 
     def _in_time(self, otherwise: str) -> AbstractAsyncContextManager[None]:
-        """Fail if a block takes longer than any operation."""
+        """Fail if a block takes longer than any operation should."""
         return in_time(otherwise, _OPERATION_SECONDS, lambda: self._running.log_text)
 
     @property
@@ -351,10 +356,10 @@ class DaemonKiller:
     def _log(self) -> MomentLog:
         return MomentLog(self._running.log_text)
 
-    # -- what is tried -----------------------------------------------------------------------------------------------
+    # -- the choice of moments ---------------------------------------------------------------------------------------
 
     def _sample(self, moments: Sequence[Moment], most: int) -> list[Moment]:
-        """Some of them, in their order; all if that is asked for."""
+        """A random choice of `most` moments, in their order; all with GPUDOCK_ALL_MOMENTS."""
         chosen = set(self._random.sample(range(len(moments)), min(most, len(moments))))
         return [moment for index, moment in enumerate(moments) if ALL or index in chosen]
 
@@ -370,14 +375,14 @@ class DaemonKiller:
 
 
 async def require_children_exit(children: dict[int, str], seconds: float = _CHILDREN_SECONDS) -> None:
-    """No child process works on what the next daemon uses: each ends with its daemon."""
+    """Assert that the child processes of a killed daemon end, so that none changes what the next daemon uses."""
     deadline = time.monotonic() + limit(seconds)
-    while living := [f"{pid} {name}" for pid, name in children.items() if _lives(pid)]:
-        assert time.monotonic() < deadline, f"children outlive their daemon: {living}"
+    while running := [f"{pid} {name}" for pid, name in children.items() if _is_running(pid)]:
+        assert time.monotonic() < deadline, f"children outlive their daemon: {running}"
         await asyncio.sleep(0.01)
 
 
-def _lives(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
     except OSError:

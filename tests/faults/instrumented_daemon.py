@@ -3,19 +3,19 @@
 `python -m tests.faults.instrumented_daemon FLAGS…` is gpudockd with wrappers between core and its ports, and around the
 child processes that its adapters start. They count moments, in two groups:
 
-- before each transaction on the store, before each call to a port that changes something, and after the operation's
-  last record. After one of these and before the next is one moment, not two: nothing that outlives the daemon happens
-  between them, and what survives a `kill -9` is all that the next daemon can go by.
-- during what takes its time: in a call to the engine or to the layers, as a child process starts, and while one works.
-  The daemon dies GPUDOCK_TEST_DELAY_MS after that began, or when it ends.
+- before each store transaction, before each call of a port that changes something, and after the last record of the
+  operation. The time after such a moment and before the next is one moment, because nothing that outlives the daemon
+  happens in it.
+- during calls that take time: in a call of the engine or the layers, when a child process has started, and while it
+  runs. The daemon is killed GPUDOCK_TEST_DELAY_MS milliseconds after the begin of the call, or at its end.
 
 GPUDOCK_TEST_PHASE says which moments count: those of the first operation of the kind GPUDOCK_TEST_KIND that begins in
-this process (BEGUN); those of its undoing, for which its commit is refused (UNDOING); or all from the start of the
-daemon on (RESUMED). Each is printed when it comes. At the one in GPUDOCK_TEST_DIE_AT, by number (`7`, `during 3`) or by
-name, the process gets GPUDOCK_TEST_SIGNAL: SIGKILL unless it says SIGSTOP.
+this process (BEGUN); those of its undo, for which the commit is refused (UNDOING); or all since the start of the daemon
+(RESUMED). Each moment is printed. At the moment in GPUDOCK_TEST_DIE_AT, a number (`7`, `during 3`) or a name, the
+process gets the signal GPUDOCK_TEST_SIGNAL, by default SIGKILL.
 
-Nothing here knows the steps: a new step has new moments, and a test that counts up until an operation survives has met
-them all. Which calls of a port change something says `CALLS`, and a test that it names every call.
+The steps of operations are not named here, so that a new step has its moments without a change. `CALLS` says which
+calls of a port change something; a test fails if it does not name every call.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SIGNAL = "GPUDOCK_TEST_SIGNAL"
 DURING = "during "
 REFUSAL = "a test refuses the commit"
 
-# Of each port: the calls that change something outside of the daemon, and those that do not.
+# For each port: the calls that change something outside of the daemon, and the other calls.
 CALLS: dict[type, tuple[frozenset[str], frozenset[str]]] = {
     Engine: (
         frozenset(
@@ -92,17 +92,17 @@ CALLS: dict[type, tuple[frozenset[str], frozenset[str]]] = {
     ),
     VolumeCopier: (frozenset({"copy"}), frozenset({"verify"})),
 }  # fmt: skip
-# Ports in whose changing calls there is a moment. Others work by child processes, which have moments of their own.
+# The ports whose changing calls have a moment during the call. Other ports use child processes, which have moments.
 LASTING = frozenset({Engine, LayerStore})
-# Calls of other ports that never do without a child process.
+# Calls of other ports that always start a child process.
 BY_CHILDREN = frozenset(
     {"SnapshotStore.gather", "SnapshotStore.complete", "SnapshotStore.mirror", "SnapshotStore.restore",
      "VolumeCopier.copy"}
 )  # fmt: skip
-# Programs of the host that only look, and options with which others do.
+# Programs that change nothing, and options with which a program changes nothing.
 _READ_ONLY_PROGRAMS = frozenset({"du", "findmnt", "modprobe"})
 _READ_ONLY_OPTIONS = frozenset({"--json", "--version", "-V"})
-# The jobs of the child process that works on trees: those that change something, and those that do not.
+# The jobs of the tree worker, a child process: those that change something, and the others.
 JOBS: tuple[frozenset[str], frozenset[str]] = (
     frozenset({"gather", "complete", "fill", "merge_layers", "mirror", "remove"}),
     frozenset({"measure", "longest_path", "check", "differences", "digest", "index_layer"}),
@@ -118,10 +118,10 @@ class Phase(StrEnum):
 
 
 class Moments:
-    """Counts the moments of one operation, and ends the process at one of them."""
+    """Counts the moments of one operation, and sends a signal to this process at one of them."""
 
     def __init__(self, kind: OperationKind, phase: Phase, die_at: str, delay_seconds: float, number: int) -> None:
-        """`number` is the signal that the process gets then."""
+        """`number` is the signal to send."""
         self._kind = kind
         self._phase = phase
         self._die_at = die_at
@@ -132,16 +132,16 @@ class Moments:
         self._stage = "recovery"
         self._counting = phase is Phase.RESUMED
         self._over = False
-        # The chosen moment has come, and the process has a little longer to live.
+        # The chosen moment has come; the signal is sent after the delay.
         self._dying = False
 
     def now(self, name: str, group: str = "") -> None:
-        """A moment has come; perhaps the last."""
+        """Count a moment; send the signal if it is the chosen one."""
         if self._count(name, group):
             self._die()
 
     async def during(self, name: str, work: Awaitable[T]) -> T:
-        """Await `work`, during which is a moment."""
+        """Count a moment and await `work`; send the signal meanwhile if the moment is the chosen one."""
         if not self._count(name, DURING):
             return await work
         self._dying = True
@@ -169,10 +169,10 @@ class Moments:
         self._dying = False
         os.kill(os.getpid(), self._signal)
 
-    # -- the operation's records -------------------------------------------------------------------------------------
+    # -- records of the operation ------------------------------------------------------------------------------------
 
     def describe(self, changes: Sequence[StoreChange]) -> str:
-        """What to call a transaction; moments may count from here on."""
+        """The name of a transaction; the first record of the phase starts the count."""
         own = self._tracked_operation(changes)
         if own is None:
             return f"a transaction with {', '.join(sorted({type(change).__name__ for change in changes}))}"
@@ -182,14 +182,14 @@ class Moments:
         return f"record of {own.state.value} after {done[-1] if done else 'nothing'}"
 
     def refuses(self, changes: Sequence[StoreChange]) -> bool:
-        """Whether a transaction must fail, so that the operation is undone from its last step on."""
+        """Whether a transaction is the commit that must fail, so that the operation is undone."""
         own = self._tracked_operation(changes)
         if own is None or self._phase is not Phase.UNDOING or self._counting or self._over:
             return False
         return own.committed
 
     def recorded(self, changes: Sequence[StoreChange]) -> bool:
-        """Take note of a transaction; whether it ends the operation, and with it the moments."""
+        """Update the current stage after a transaction; returns whether the transaction ends the operation."""
         own = self._tracked_operation(changes)
         if own is None:
             return False
@@ -202,11 +202,11 @@ class Moments:
         return own.state.ended and self._phase is not Phase.RESUMED
 
     def stop(self) -> None:
-        """Count no more."""
+        """Stop counting."""
         self._counting, self._over = False, True
 
     def _tracked_operation(self, changes: Sequence[StoreChange]) -> Operation | None:
-        """The operation, if it is in this transaction; the first of its kind that is begun, or resumed, is the one."""
+        """The counted operation, if the transaction has its record: the first of its kind that begins or is resumed."""
         for change in changes:
             if isinstance(change, PutOperation) and change.operation.kind is self._kind:
                 if not self._operation_id and (change.expect == 0 or self._phase is Phase.RESUMED):
@@ -219,7 +219,7 @@ class Moments:
 
 
 class InstrumentedStore:
-    """A store whose transactions are moments."""
+    """A store with a moment before each transaction, and after the last record of the operation."""
 
     def __init__(self, store: Store, moments: Moments) -> None:
         self._store = store
@@ -229,7 +229,7 @@ class InstrumentedStore:
         return getattr(self._store, name)
 
     async def apply(self, changes: Sequence[StoreChange]) -> int:
-        """The store's own, at a moment; the operation's last has one behind it too."""
+        """See `Store.apply`."""
         name = self._moments.describe(changes)
         self._moments.now(f"before {name}")
         if self._moments.refuses(changes):
@@ -242,7 +242,7 @@ class InstrumentedStore:
 
 
 class InstrumentedPort:
-    """A port whose changing calls are moments."""
+    """A port with a moment before each changing call and, for LASTING, during it."""
 
     def __init__(self, port: type, adapter: object, moments: Moments) -> None:
         self._changing, _ = CALLS[port]
@@ -265,9 +265,9 @@ class InstrumentedPort:
 
 
 def watch_children(moments: Moments) -> None:
-    """Have moments as each child process starts, and while it works."""
+    """Add moments when a child process has started and while it runs."""
     start, call = asyncio.create_subprocess_exec, TreeWorker.call
-    # The event loop itself keeps no task alive.
+    # The event loop keeps only weak references to tasks.
     watches: set[asyncio.Future[int]] = set()
 
     async def started(*words: Any, **named: Any) -> asyncio.subprocess.Process:
@@ -285,16 +285,16 @@ def watch_children(moments: Moments) -> None:
         return await (moments.during(f"while job {job} runs", work) if job in JOBS[0] else work)
 
     asyncio.create_subprocess_exec = started
-    TreeWorker.call = called  # type: ignore[method-assign,assignment]  # it takes what that takes
+    TreeWorker.call = called  # type: ignore[method-assign,assignment]  # same parameters
 
 
-_WORKER = "a worker on trees"
+_WORKER = "tree worker"
 
 
 def program(words: Sequence[object]) -> str:
-    """The name of the program that a command runs; empty if it only looks.
+    """The name of the program that a command runs; empty if the program changes nothing.
 
-    What `with_parent_death_signal` and `MountedView.nsenter_command` put before a command is left out.
+    The prefixes of `with_parent_death_signal` and `MountedView.nsenter_command` are left out.
     """
     command = [str(word) for word in words]
     if command[0] == sys.executable:
@@ -312,7 +312,7 @@ def children() -> list[str]:
     found = []
     for path in Path("/proc/self/task").glob("*/children"):
         for pid in path.read_text().split():
-            with suppress(OSError):  # another thread has just waited for it
+            with suppress(OSError):  # another thread has waited for it meanwhile
                 found.append(f"{pid}:{Path('/proc', pid, 'comm').read_text().strip().replace(' ', '-')}")
     return found
 
@@ -322,7 +322,7 @@ def _print(line: str) -> None:
 
 
 def main() -> int:
-    """Runs the daemon."""
+    """Run the daemon; returns its exit code."""
     moments = Moments(
         OperationKind(os.environ[KIND]),
         Phase(os.environ.get(PHASE, Phase.BEGUN)),

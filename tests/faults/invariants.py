@@ -1,4 +1,4 @@
-"""What must be true of a container, its claims and the engine whatever has happened, once nothing is under way."""
+"""Assertions about a container, its claims and the engine that must hold whenever no operation is running."""
 
 from __future__ import annotations
 
@@ -21,51 +21,57 @@ SHOW_FILES = (
 
 
 def engine_containers(rig: Rig) -> list[dict[str, Any]]:
-    """Everything that the engine has, inspected."""
+    """All engine containers, as the engine's inspect call shows them."""
     listed = rig.engine.call("GET", "/containers/json?all=1")
     return [rig.engine.call("GET", f"/containers/{inspected['Id']}/json") for inspected in listed]
 
 
+def engine_containers_of(rig: Rig, name: str) -> list[dict[str, Any]]:
+    """The engine containers of the container `name`, as the engine's inspect call shows them."""
+    return [
+        inspected for inspected in engine_containers(rig) if inspected["Config"]["Labels"].get("gpudock.name") == name
+    ]
+
+
 def layer_images(rig: Rig) -> set[str]:
-    """The names of images that hold what containers wrote; those too that dead daemons of other tests have left."""
+    """The names of images with files of containers, also of those that killed daemons of other tests have left."""
     tags = [tag for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
     return {tag for tag in tags if tag.startswith("gpudock/layer")}
 
 
 def bound_host_paths(rig: Rig) -> list[str]:
-    """Where host paths are bound for engine containers."""
+    """The mount points of host paths that are bound for engine containers."""
     points = [line.split()[1] for line in rig.run("cat", "/proc/self/mounts").stdout.splitlines()]
     return [point for point in points if point.startswith("/run/gpudock-host-paths/")]
 
 
 def gpus_of(inspected: dict[str, Any]) -> list[str]:
-    """The cards that an engine container was given."""
+    """The UUIDs of the GPUs of an engine container."""
     requests = inspected["HostConfig"]["DeviceRequests"] or []
     return [uuid for request in requests for uuid in request["DeviceIDs"]]
 
 
 async def require_absent(caller: Caller, rig: Rig, name: str) -> None:
-    """`name` does not exist, and nothing of it is left."""
+    """Assert that the container `name` does not exist, in the engine and in the claims neither."""
     try:
         await caller.get(name)
     except grpc.aio.AioRpcError as error:
-        assert error.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017 (any other code is the failure)
+        assert error.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017 - any other code fails the test
     else:
         raise AssertionError(f"{name} exists")
-    assert not [
-        inspected for inspected in engine_containers(rig) if inspected["Config"]["Labels"].get("gpudock.name") == name
-    ]
+    assert not engine_containers_of(rig, name)
     assert name not in (await caller.holders()).values()
 
 
 async def require_consistent(caller: Caller, rig: Rig, name: str, files: str | None = None) -> container_pb2.Container:
-    """`name` runs in one engine container, with the cards and ports it claims, and with its files."""
+    """Assert that `name` runs in one engine container, with the GPUs and ports that it claims, and with its files.
+
+    `files` is what SHOW_FILES has printed in the container; None leaves them out. Returns the container.
+    """
     container = await caller.get(name)
-    ours = [
-        inspected for inspected in engine_containers(rig) if inspected["Config"]["Labels"].get("gpudock.name") == name
-    ]
-    assert len(ours) == 1, [inspected["Name"] for inspected in ours]
-    (engine,) = ours
+    found = engine_containers_of(rig, name)
+    assert len(found) == 1, [inspected["Name"] for inspected in found]
+    (engine,) = found
     assert container.status.state == container_pb2.CONTAINER_STATE_RUNNING
     assert engine["State"]["Running"]
     assert engine["Id"] == container.status.engine_id

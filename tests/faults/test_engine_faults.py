@@ -1,6 +1,6 @@
-"""Every call to the engine fails, hangs, or loses its connection, each in turn, before and after it is done.
+"""Each call to the engine in turn fails, hangs or loses its connection, before or after the engine executes it.
 
-Whatever happens: nothing leaks, the container is as it was or as it was asked to be, and the caller is told which.
+After each fault nothing is left over, and the container is as before or as requested, as the caller's result says.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from tests.rig import Daemon, EngineProxy, Fault, Rig
 pytestmark = pytest.mark.deep
 
 _PORT = container_pb2.PortRequest(container_port=80)
-# What a commit needs on its way, by the names of its images.
+# Prefixes of the names of images that a commit makes and removes.
 _INTERMEDIATE_IMAGES = ("gpudock/raw:", "gpudock/commit:")
 _CALLS = r"/(commit|containers|images|volumes)(/.*)?"
-# A wait is not something that the engine does and could lose the answer to.
+# Without waits, which change nothing.
 _MUTATIONS = r"/(commit|containers|images|volumes)(/(?!.*/wait$).*)?"
 _MOST_CALLS = 60
-# What a caller may be told when the engine does any of this: that it is out of reach, that it refused, or what follows
-# from a refusal.
+# The reasons of errors that a caller may get: the engine is unavailable, it refused a call, or a step failed by that.
 _REASONS = {"ENGINE_UNAVAILABLE", "ENGINE_REJECTED", "START_FAILED", "LAYER_CARRY_FAILED", "IMAGE_NOT_FOUND"}
 
-Plant = Callable[[EngineProxy, int], Fault]
+InjectFault = Callable[[EngineProxy, int], Fault]
 
-FAULTS: dict[str, Plant] = {
+FAULTS: dict[str, InjectFault] = {
     "refused": lambda proxy, nth: proxy.faults.fail(".*", _CALLS, nth=nth),
     "refused, but done": lambda proxy, nth: proxy.faults.fail("POST|DELETE", _MUTATIONS, nth=nth, after=True),
     "hangs": lambda proxy, nth: proxy.faults.hang(".*", _CALLS, nth=nth),
@@ -45,7 +44,7 @@ FAULTS: dict[str, Plant] = {
 
 @asynccontextmanager
 async def _daemon_behind(rig: Rig, proxy: EngineProxy, kind: str) -> AsyncIterator[tuple[Daemon, Caller]]:
-    # Every call that hangs is waited for; where none does, a slow machine must not look like one.
+    # A hanging call is waited for until this timeout; without one, a slow engine must not be taken for a hanging one.
     timeout = "2.5" if "hangs" in kind else "20"
     daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--engine-timeout", timeout, docker_host=proxy.url)
     try:
@@ -56,28 +55,30 @@ async def _daemon_behind(rig: Rig, proxy: EngineProxy, kind: str) -> AsyncIterat
         await asyncio.to_thread(daemon.stop)
 
 
-async def _fail_each_call(proxy: EngineProxy, plant: Plant, act: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
-    """Do it with the first call harmed, then the second …, until none is; the reason it failed with, or empty."""
+async def _fail_each_call(
+    proxy: EngineProxy, inject: InjectFault, act: Callable[[], Awaitable[object]]
+) -> AsyncIterator[str]:
+    """Run `act` with a fault in call 1, then in call 2, until it is not hit; yields each error's reason or ""."""
     for nth in range(1, _MOST_CALLS):
-        fault = plant(proxy, nth)
+        fault = inject(proxy, nth)
         reason = ""
         try:
             await act()
         except grpc.aio.AioRpcError as error:
-            told = failure_of(error)
-            reason = told.reason
-            assert reason in _REASONS, told
-        met = fault.hit.is_set()
+            failure = failure_of(error)
+            reason = failure.reason
+            assert reason in _REASONS, failure
+        hit = fault.hit.is_set()
         proxy.faults.clear()
         yield reason
-        if not met:
+        if not hit:
             return
-    raise AssertionError("there is always one call more")
+    raise AssertionError(f"more than {_MOST_CALLS} calls of the engine")
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", FAULTS)
-async def test_create(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
+async def test_create_with_a_fault_in_each_engine_call(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
     rig = clean_engine
     async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
         outcomes = []
@@ -100,7 +101,7 @@ async def test_create(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", FAULTS)
-async def test_scale(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
+async def test_scale_with_a_fault_in_each_engine_call(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
     rig = clean_engine
     async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
         await caller.create("victim", 2, ports=[_PORT])
@@ -117,25 +118,25 @@ async def test_scale(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) ->
             await caller.until_idle()
             count = count if reason else 5 - count
             container = await require_consistent(caller, rig, "victim", files)
-            assert container.spec.gpus.count == count, "it was told otherwise than what happened"
+            assert container.spec.gpus.count == count, "the result differs from what happened"
         assert any(outcomes)
         assert outcomes[-1] == ""
 
 
 def _images(rig: Rig) -> dict[str, str]:
-    """The ids of all images by their names."""
+    """The id of each image by its name."""
     return {tag: image["Id"] for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()}
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["refused", "refused, but done", "dropped", "dropped, but done"])
-async def test_commit(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
-    """The name is with the image before, or with the one that the call gave; no other image is left."""
+async def test_commit_with_a_fault_in_each_engine_call(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
+    """The name is that of the old image, or of the image in the result; no other image is left."""
     rig = clean_engine
     async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
         await caller.create("victim", 2, ports=[_PORT])
         before = (await caller.commit("victim", "gpudock/victim", tag="test")).id
-        # A daemon of another test may have died with a commit under way, and nobody sweeps after it.
+        # Daemons of other tests, killed during a commit, may have left images.
         others = _images(rig)
         outcomes = []
         made = ""
@@ -160,7 +161,7 @@ async def test_commit(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["refused", "hangs, but done", "dropped"])
-async def test_clone(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
+async def test_clone_with_a_fault_in_each_engine_call(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
     rig = clean_engine
     async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
         await caller.create("source", 2, ports=[_PORT])

@@ -1,4 +1,4 @@
-"""A store that fills: what a change costs in it, and what becomes of the daemon and its callers when it is full."""
+"""A full store: how much a change writes, and what the daemon and its callers do when the store is full."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ANSWER_SECONDS = 40.0
 
 
 def _labels(number: int) -> dict[str, str]:
-    """60 KiB of them, other ones for each number."""
+    """60 KiB of labels, different for each number."""
     return {f"label-{index}": f"{number:08}" * 128 for index in range(_LABELS_BYTES >> 10)}
 
 
@@ -45,7 +45,7 @@ async def filler(small_etcd: Etcd) -> AsyncIterator[EtcdFiller]:
 
 
 async def _refusal(stream: Any) -> Failure:
-    """How an operation's stream ends that must not end well, within a time that its caller would wait."""
+    """The error of an operation's stream that must fail within a time that a caller would wait."""
     async with asyncio.timeout(limit(_ANSWER_SECONDS)):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await progress_of(stream)
@@ -53,7 +53,7 @@ async def _refusal(stream: Any) -> Failure:
 
 
 async def _done(call: Awaitable[object]) -> bool:
-    """Whether it was done; else there was no room for it."""
+    """Whether a call succeeded; False if the store was full."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -64,11 +64,13 @@ async def _done(call: Awaitable[object]) -> bool:
 
 
 @pytest.mark.deep
-async def test_what_a_change_writes(daemons: IsolatedDaemons, filler: EtcdFiller, small_etcd: Etcd) -> None:
+async def test_a_change_writes_less_than_six_times_its_labels(
+    daemons: IsolatedDaemons, filler: EtcdFiller, small_etcd: Etcd
+) -> None:
     daemon = await daemons.start("--keep-revisions", "2", etcd_endpoints=small_etcd.endpoint)
     async with Caller(daemon.target) as caller:
         await caller.create("big", labels=_labels(0))
-        # The second and later ones prune as well.
+        # From the second update on, old revisions are pruned.
         for number in range(1, 3):
             await caller.update("big", "labels", labels=_labels(number))
         before = (await filler.status()).header.revision
@@ -77,7 +79,7 @@ async def test_what_a_change_writes(daemons: IsolatedDaemons, filler: EtcdFiller
         written = await filler.bytes_put_since(before)
         assert written < 6 * _LABELS_BYTES, f"{written / _LABELS_BYTES:.1f} times the labels"
         assert len(await caller.revisions("big")) == 2
-        # The same call has the same answer; where that was given up for want of room, the container as it is now.
+        # The same request gets the same answer; if the stored answer was deleted to free space, the current container.
         assert (await progress_of(caller.containers.UpdateContainer(request))).result == first.result
         await filler.delete_prefix(f"{daemons.prefix}results/")
         again = await progress_of(caller.containers.UpdateContainer(request))
@@ -85,19 +87,21 @@ async def test_what_a_change_writes(daemons: IsolatedDaemons, filler: EtcdFiller
         assert again.snapshots[-1].state == operation_pb2.OPERATION_STATE_SUCCEEDED
 
 
-async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, filler: EtcdFiller, small_etcd: Etcd) -> None:
+async def test_a_running_operation_reports_that_the_store_is_full(
+    daemons: IsolatedDaemons, filler: EtcdFiller, small_etcd: Etcd
+) -> None:
     async with daemons.rig.engine_proxy() as proxy:
         daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint, docker_host=proxy.url)
         async with Caller(daemon.target) as caller:
             await caller.create("victim", 1)
             held = proxy.faults.hang("POST", r"/containers/.*/stop.*")
-            telling = asyncio.create_task(_refusal(caller.containers.ScaleContainer(scale_request("victim", 2))))
+            refusal = asyncio.create_task(_refusal(caller.containers.ScaleContainer(scale_request("victim", 2))))
             await asyncio.wait_for(held.hit.wait(), limit(_ANSWER_SECONDS))
             await filler.fill()
             held.release()
-            told = await telling
-            assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"), told
-            # What is asked of it, and what begins, is answered as well.
+            failure = await refusal
+            assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"), failure
+            # Reads are answered, and so is a watch of the operation.
             (operation,) = (
                 await caller.operations.ListOperations(
                     operation_service_pb2.ListOperationsRequest(
@@ -108,8 +112,8 @@ async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, filler
             watch = operation_service_pb2.WatchOperationRequest(id=operation.id)
             assert (await _refusal(caller.operations.WatchOperation(watch))).reason == "STORE_FULL"
             # The error must say that the operation has not ended: a caller would otherwise repeat the request.
-            assert f"operation {operation.id} waits" in told.message
-            assert told.metadata["operation_id"] == operation.id
+            assert f"operation {operation.id} waits" in failure.message
+            assert failure.metadata["operation_id"] == operation.id
             assert (await caller.get("victim")).name == "victim"
             await filler.remove()
             await caller.until_idle()
@@ -119,7 +123,7 @@ async def test_a_caller_in_flight_when_it_fills(daemons: IsolatedDaemons, filler
 
 
 @pytest.mark.deep
-async def test_a_daemon_starts_on_a_full_cluster(
+async def test_a_daemon_starts_with_a_full_store(
     daemons: IsolatedDaemons, filler: EtcdFiller, small_etcd: Etcd
 ) -> None:
     daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint)
@@ -130,8 +134,8 @@ async def test_a_daemon_starts_on_a_full_cluster(
     daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint, after=daemon)
     async with Caller(daemon.target) as caller:
         assert (await caller.get("kept")).name == "kept"
-        told = await _refusal(caller.containers.UpdateContainer(update_request("kept", "labels", labels={"a": "b"})))
-        assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"), told
+        failure = await _refusal(caller.containers.UpdateContainer(update_request("kept", "labels", labels={"a": "b"})))
+        assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"), failure
         node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
         health = {component.component: component for component in node.components}[node_pb2.NODE_COMPONENT_STORE]
         assert not health.healthy
@@ -143,14 +147,14 @@ async def test_a_daemon_starts_on_a_full_cluster(
 
 
 @pytest.mark.deep
-async def test_a_full_store_of_its_own_mends_itself(daemons: IsolatedDaemons) -> None:
-    # Room is made while the call waits, which on a busy machine takes a while.
+async def test_an_embedded_store_frees_space_by_itself(daemons: IsolatedDaemons) -> None:
+    # The call waits while space is freed, which takes seconds on a busy machine.
     flags = ("--etcd-quota", str(_QUOTA), "--store-timeout", "15")
     daemon = await daemons.start(*flags, etcd_endpoints="")
     endpoint = f"unix:{daemon.state_dir}/etcd/c.sock:0"
     async with Caller(daemon.target) as caller, EtcdFiller(endpoint) as filler:
         await caller.create("kept")
-        # History: what compaction gives back.
+        # History, which a compaction frees.
         await filler.overwrite(4 * _QUOTA)
         request_id = str(uuid.uuid4())
         request = update_request("kept", "labels", labels=_labels(1), request_id=request_id)
@@ -165,7 +169,7 @@ async def test_a_full_store_of_its_own_mends_itself(daemons: IsolatedDaemons) ->
         status = await filler.status()
         assert not status.errors
         assert status.dbSize < _QUOTA
-        # Data: what nothing gives back but a deletion. The first time, the file may have been full of other things.
+        # Data, which only a deletion frees. The first fill may leave space that a compaction frees later.
         refusals = 0
         for number in range(3, 8):
             await filler.fill()

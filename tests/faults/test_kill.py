@@ -1,4 +1,4 @@
-"""`kill -9` of the daemon at every moment of an operation: the next one leaves no doubt, no orphan and no lost file."""
+"""`kill -9` of the daemon at moments of operations on containers; the next daemon completes or undoes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults.daemon_killer import DaemonKiller
 from tests.faults.instrumented_daemon import CALLS, JOBS
 from tests.rig import Rig
 
-# The everyday saga of each kind of operation.
+# The scenario of the everyday tests for each kind of operation.
 _ONE_OF_EACH_KIND = (
     "create", "scale-exchange", "rollback", "clone-copy", "update-env", "stop", "start", "restart", "pause", "unpause",
     "delete", "delete-revision", "commit",
@@ -53,15 +53,15 @@ def test_every_kind_of_operation_on_containers_is_killed(rig: Rig, tmp_path: Pat
 
 
 @pytest.mark.parametrize("port", CALLS, ids=lambda port: port.__name__)
-def test_every_call_of_a_port_is_known_to_change_something_or_not(port: type) -> None:
-    changing, looking = CALLS[port]
+def test_every_call_of_a_port_is_listed_as_changing_or_not(port: type) -> None:
+    changing, read_only = CALLS[port]
     declared = {name for name in vars(port) if not name.startswith("_")}
-    assert declared == changing | looking
-    assert not changing & looking
+    assert declared == changing | read_only
+    assert not changing & read_only
 
 
-def test_every_job_on_a_tree_is_known_to_change_something_or_not() -> None:
-    changing, looking = JOBS
+def test_every_job_of_the_tree_worker_is_listed_as_changing_or_not() -> None:
+    changing, read_only = JOBS
     declared = {name for name, job in vars(Jobs).items() if callable(job) and not name.startswith("_")}
-    assert declared - {"run"} == changing | looking
-    assert not changing & looking
+    assert declared - {"run"} == changing | read_only
+    assert not changing & read_only

@@ -1,6 +1,6 @@
-"""`kill -9` at moments of an operation on a volume: it is whole afterwards, or was never there.
+"""`kill -9` at moments of operations on volumes: afterwards the volume is complete, or does not exist.
 
-What volumes are made of is what the machine can best: project quotas in the VM (tests/vm), mostly loop devices outside.
+The volume backend is the best that the machine has: project quotas in the VM (tests/vm), mostly loop devices elsewhere.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ _SHOW_FILES = "cd /data && md5sum blob link && stat -c '%a %h %u %Y' blob"
 
 @pytest.fixture
 def volumes_rig(clean_engine: Rig) -> Iterator[Rig]:
-    """The rig; devices that are left to volumes of a daemon that is gone are let go of."""
+    """The rig; loop devices of volumes of killed daemons are detached after the test."""
     yield clean_engine
     clean_engine.engine.remove_all()
     detach_loop_devices(clean_engine.folder)
 
 
-async def _volume(caller: Caller) -> volume_pb2.Volume | None:
+async def _volume_or_none(caller: Caller) -> volume_pb2.Volume | None:
     try:
         return await caller.volume("phoenix")
     except grpc.aio.AioRpcError as error:
-        assert error.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017 (any other code is the failure)
+        assert error.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017 - any other code fails the test
         return None
 
 
 async def _require_nothing_left(caller: Caller, rig: Rig) -> None:
     assert not loop_devices_below(rig.folder)
     node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
-    assert not node.volume_pool.promised_bytes, "a store on the host"
+    assert not node.volume_pool.promised_bytes, "the volume pool has unreleased bytes"
     left = rig.engine.call("GET", "/volumes")["Volumes"] or []
     assert not [volume["Name"] for volume in left if volume["Name"].startswith("gpudock-")]
 
 
 async def _require_ready(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Volume:
-    """It can be used, has one of these sizes, and what it is made of is there once."""
-    volume = await _volume(caller)
+    """Assert that the volume `phoenix` is READY, with one of these sizes and at most one loop device."""
+    volume = await _volume_or_none(caller)
     assert volume is not None
     assert volume.state == volume_pb2.VOLUME_STATE_READY
     assert volume.size_bytes in sizes
@@ -71,7 +71,7 @@ def _create(rig: Rig) -> KillScenario:
         await caller.create_volume("phoenix", _SIZE)
 
     async def check(caller: Caller) -> None:
-        if await _volume(caller) is not None:
+        if await _volume_or_none(caller) is not None:
             await _require_ready(caller, rig, _SIZE)
             await caller.delete_volume("phoenix")
         await _require_nothing_left(caller, rig)
@@ -81,12 +81,12 @@ def _create(rig: Rig) -> KillScenario:
 
 def _delete(rig: Rig) -> KillScenario:
     async def delete(caller: Caller) -> None:
-        if await _volume(caller) is None:
+        if await _volume_or_none(caller) is None:
             await caller.create_volume("phoenix", _SIZE)
         await caller.delete_volume("phoenix")
 
     async def check(caller: Caller) -> None:
-        if await _volume(caller) is None:
+        if await _volume_or_none(caller) is None:
             await _require_nothing_left(caller, rig)
         else:
             await _require_ready(caller, rig, _SIZE)
@@ -95,7 +95,7 @@ def _delete(rig: Rig) -> KillScenario:
 
 
 def _delete_with_force(rig: Rig) -> KillScenario:
-    """Two stopped containers are updated on the way; their other files stay, whatever happens to the volume."""
+    """Delete a volume of two stopped containers, which are updated first; their other files stay."""
     kept = ""
 
     async def delete(caller: Caller) -> None:
@@ -105,7 +105,7 @@ def _delete_with_force(rig: Rig) -> KillScenario:
                 await caller.create(name)
                 await caller.shell(name, _WRITE_FILES.replace("/data", "/root"))
             kept = await caller.shell("phoenix", _SHOW_FILES.replace("/data", "/root"))
-        if await _volume(caller) is None:
+        if await _volume_or_none(caller) is None:
             await caller.create_volume("phoenix", _SIZE)
         for name in ("phoenix", "ash"):
             if not (await caller.get(name)).spec.mounts:
@@ -114,8 +114,8 @@ def _delete_with_force(rig: Rig) -> KillScenario:
         await caller.delete_volume("phoenix", force=True)
 
     async def check(caller: Caller) -> None:
-        there = await _volume(caller)
-        if there is None:
+        volume = await _volume_or_none(caller)
+        if volume is None:
             await _require_nothing_left(caller, rig)
         else:
             await _require_ready(caller, rig, _SIZE)
@@ -123,11 +123,11 @@ def _delete_with_force(rig: Rig) -> KillScenario:
         failed = [
             operation for operation in listed.operations if operation.state != operation_pb2.OPERATION_STATE_SUCCEEDED
         ]
-        assert not [operation.error for operation in failed], "what was begun goes forward"
+        assert not [operation.error for operation in failed], "an operation that has begun must be completed"
         for name in ("phoenix", "ash"):
             container = await caller.get(name)
             assert not container.status.operation_id
-            assert container.spec.mounts == ([_mount()] if there is not None else [])
+            assert container.spec.mounts == ([_mount()] if volume is not None else [])
             await caller.start(name)
         assert await caller.shell("phoenix", _SHOW_FILES.replace("/data", "/root")) == kept
 
@@ -135,7 +135,7 @@ def _delete_with_force(rig: Rig) -> KillScenario:
 
 
 def _adopt(rig: Rig) -> KillScenario:
-    """With a size: the engine's own volume stays as it was, whatever becomes of the copy."""
+    """Adopt an engine volume with a size, by a copy; the engine volume is unchanged."""
     files = ""
 
     async def adopt(caller: Caller) -> None:
@@ -148,7 +148,7 @@ def _adopt(rig: Rig) -> KillScenario:
         await caller.adopt_volume("phoenix", "theirs", _SIZE)
 
     async def check(caller: Caller) -> None:
-        if await _volume(caller) is not None:
+        if await _volume_or_none(caller) is not None:
             await _require_ready(caller, rig, _SIZE)
             await caller.create("phoenix", mounts=[_mount()])
             assert await caller.shell("phoenix", _SHOW_FILES) == files
@@ -170,12 +170,12 @@ async def _filesystem_size(caller: Caller) -> int:
 
 
 def _resize_in_place(rig: Rig, *, step: int) -> KillScenario:
-    """By one step each time; after the last one, of a new volume."""
+    """Change the size by one step each time; after the last step begin with a new volume."""
     files, sizes = "", range(2 * _SIZE, 2 * _SIZE + 33 * step, step)
 
     async def resize(caller: Caller) -> None:
         nonlocal files
-        volume = await _volume(caller)
+        volume = await _volume_or_none(caller)
         if volume is not None and volume.size_bytes == sizes[-1]:
             await caller.delete("phoenix")
             await caller.delete_volume("phoenix")
@@ -192,7 +192,7 @@ def _resize_in_place(rig: Rig, *, step: int) -> KillScenario:
         assert abs(await _filesystem_size(caller) - volume.size_bytes) < volume.size_bytes // 50
         assert await caller.shell("phoenix", _SHOW_FILES) == files
 
-    # Of what loop devices can carry, that is what can do both.
+    # Of the filesystems for loop devices, only btrfs can grow and shrink in place.
     return KillScenario("RESIZE_VOLUME", resize, check, ("--volume-filesystem", "btrfs"))
 
 
@@ -229,7 +229,7 @@ _SCENARIOS: dict[str, Callable[[Rig], KillScenario]] = {
     "shrink": partial(_resize_in_place, step=-4 * _MIB),
     "shrink-by-copy": _shrink_by_copy,
 }
-# What cannot be cancelled has no way back once its one step is done.
+# Operations that can be undone; the others cannot be cancelled and have one step.
 _UNDONE = ("create", "adopt", "shrink-by-copy")
 _ONE_OF_EACH_KIND = ("create", "delete", "grow", "adopt")
 

@@ -1,4 +1,4 @@
-"""`kill -9` while an operation is being undone: the next daemon goes on undoing it, and reports the first failure."""
+"""`kill -9` while an operation is undone: the next daemon completes the undo, and reports the original error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TIMEOUT = ("--engine-timeout", "2")
 
 
 async def _kill_while_undoing(caller: Caller, daemon: Daemon, call: asyncio.Task[object]) -> str:
-    """Kill the daemon once an operation is UNDOING; the operation's id."""
+    """Kill the daemon once an operation is UNDOING; returns the operation's id."""
     undoing = operation_service_pb2.OperationFilter(states=[operation_pb2.OPERATION_STATE_UNDOING])
     request = operation_service_pb2.ListOperationsRequest(filter=undoing)
     found: list[str] = []
@@ -44,7 +44,7 @@ async def _ended_operation(caller: Caller, operation_id: str) -> operation_pb2.O
     return answer.operation
 
 
-async def test_of_a_create(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
+async def test_the_undo_of_a_create_is_completed(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
     daemon = await daemons.start(*_TIMEOUT, docker_host=engine_proxy.url)
     engine_proxy.faults.fail("POST", "/containers/[^/]+/start")
     engine_proxy.faults.hang("DELETE", "/containers/.*", times=None)
@@ -59,20 +59,22 @@ async def test_of_a_create(daemons: IsolatedDaemons, engine_proxy: EngineProxy) 
         assert ended.error.reason == "START_FAILED"
         await require_absent(caller, daemons.rig, "undone")
         assert await caller.free_gpus() == 8
-        # Nothing holds the name.
+        # The name and all GPUs are free.
         await caller.create("undone", 8)
         await caller.delete("undone")
 
 
 @pytest.mark.parametrize("carry", ["exchange", "copy"])
-async def test_of_a_scale(daemons: IsolatedDaemons, engine_proxy: EngineProxy, carry: str) -> None:
+async def test_the_undo_of_a_scale_is_completed(
+    daemons: IsolatedDaemons, engine_proxy: EngineProxy, carry: str
+) -> None:
     flags = (*_TIMEOUT, "--layer-carry", carry)
     daemon = await daemons.start(*flags, docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         await caller.create("kept", 2)
         await caller.shell("kept", WRITE_FILES)
         files = await caller.shell("kept", SHOW_FILES)
-        # The successor does not start; then nothing of it can be removed, so that the undo stands still.
+        # The successor does not start, and cannot be removed either, so that the undo waits.
         engine_proxy.faults.fail("POST", "/containers/[^/]+/start")
         engine_proxy.faults.hang("DELETE", "/containers/.*", times=None)
         scale = asyncio.create_task(caller.scale("kept", 3))
@@ -85,8 +87,8 @@ async def test_of_a_scale(daemons: IsolatedDaemons, engine_proxy: EngineProxy, c
         container = await require_consistent(caller, daemons.rig, "kept", files)
         assert (container.revision, container.spec.gpus.count) == (1, 2)
         assert await caller.free_gpus() == 6
-        again = await failure(caller.containers.GetContainerRevision(_revision("kept", 2)))
-        assert again.reason == "REVISION_NOT_FOUND"
+        missing = await failure(caller.containers.GetContainerRevision(_revision("kept", 2)))
+        assert missing.reason == "REVISION_NOT_FOUND"
         assert (await caller.scale("kept", 3)).revision == 2
         await require_consistent(caller, daemons.rig, "kept", files)
         await caller.delete("kept")

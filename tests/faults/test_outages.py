@@ -1,7 +1,7 @@
-"""etcd stopped or frozen, the engine killed, in the middle of a scale; then both come back.
+"""etcd is stopped or frozen, or the engine killed, during a scale; then it is started again.
 
-The operation ends, done or undone; what its caller was told is what happened; and nothing is lost or held twice. How
-long etcd is away is GPUDOCK_TEST_OUTAGE_SECONDS: 8 by default, which is longer than any call to it has.
+The operation is completed or undone, as its caller's result says; no file is lost and no GPU claimed twice. etcd is
+away for GPUDOCK_TEST_OUTAGE_SECONDS: by default 8, which is longer than the timeout of any call to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.deep
 _OUTAGE_SECONDS = float(os.environ.get("GPUDOCK_TEST_OUTAGE_SECONDS", "8"))
 _BACK_SECONDS = 60.0
 _PORT = container_pb2.PortRequest(container_port=80)
-# What a scale asks of the engine, in its order: create, stop, start, and the removal of the old one.
+# The changing calls of a scale, in this order: create, stop, start, and the removal of the old engine container.
 _MUTATIONS = r"/containers(/(?!.*/wait$).*)?"
 _STAGES = {"create": 1, "stop": 2, "start": 3, "retire": 4}
 _ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ALWAYS)
@@ -66,22 +66,22 @@ async def _create_with_files(caller: Caller) -> str:
 
 
 async def _scale_outcome(caller: Caller) -> tuple[str, Progress | None]:
-    """What who asked for three cards is told: a reason, or what the stream said."""
+    """The result of a scale to three GPUs: the reason of its error, or what its stream has sent."""
     try:
         return "", await progress_of(caller.containers.ScaleContainer(scale_request("victim", 3)))
     except grpc.aio.AioRpcError as error:
-        told = failure_of(error)
-        assert told.reason in _OUTAGE_REASONS, told
-        return told.reason, None
+        failure = failure_of(error)
+        assert failure.reason in _OUTAGE_REASONS, failure
+        return failure.reason, None
 
 
-async def _require_as_reported(caller: Caller, rig: Rig, files: str, told: tuple[str, Progress | None]) -> None:
-    """The container is as its caller was told, and so is the operation."""
-    reason, progress = told
+async def _require_as_reported(caller: Caller, rig: Rig, files: str, outcome: tuple[str, Progress | None]) -> None:
+    """Assert that container and operation are as the caller's result says."""
+    reason, progress = outcome
     count = 2 if reason else 3
     await _wait_until_consistent(caller, rig, files)
     container = await caller.get("victim")
-    assert (container.spec.gpus.count, len(container.status.gpu_uuids)) == (count, count), told
+    assert (container.spec.gpus.count, len(container.status.gpu_uuids)) == (count, count), outcome
     if progress is not None and progress.result is not None:
         assert progress.result.status.gpu_uuids == container.status.gpu_uuids
     assert await caller.free_gpus() == 8 - count
@@ -95,7 +95,7 @@ async def _require_as_reported(caller: Caller, rig: Rig, files: str, told: tuple
 
 
 async def _restart_if_exited(caller: Caller, rig: Rig) -> None:
-    """Start it where an engine that was killed ended it and did not start it again; its record says so."""
+    """Wait until the record has the state of the engine; start `victim` if the killed engine did not."""
     deadline = time.monotonic() + limit(_BACK_SECONDS)
     while True:
         await caller.until_idle()
@@ -103,7 +103,7 @@ async def _restart_if_exited(caller: Caller, rig: Rig) -> None:
         runs = rig.engine.call("GET", f"/containers/{status.engine_id}/json")["State"]["Running"]
         if status.state == (container_pb2.CONTAINER_STATE_RUNNING if runs else container_pb2.CONTAINER_STATE_EXITED):
             break
-        assert time.monotonic() < deadline, "the record is not what the engine shows"
+        assert time.monotonic() < deadline, "the record differs from the engine's state"
         await asyncio.sleep(0.2)
     assert status.holds_resources
     if not runs:
@@ -118,7 +118,7 @@ async def _wait_until_consistent(caller: Caller, rig: Rig, files: str) -> None:
             await require_consistent(caller, rig, "victim", files)
         except (AssertionError, grpc.aio.AioRpcError) as error:
             if time.monotonic() > deadline:
-                error.add_note(f"etcd said last:\n{rig.etcd.log_text[-4000:]}")
+                error.add_note(f"The end of etcd's log:\n{rig.etcd.log_text[-4000:]}")
                 raise
             await asyncio.sleep(0.2)
         else:
@@ -143,28 +143,28 @@ async def test_etcd_is_away_in_the_middle_of_a_scale(fragile_rig: Rig, stage: st
     async with _daemon(fragile_rig) as (_, proxy, caller):
         files = await _create_with_files(caller)
         held = proxy.faults.hang("POST|DELETE", _MUTATIONS, nth=_STAGES[stage])
-        telling = asyncio.create_task(_scale_outcome(caller))
+        scale = asyncio.create_task(_scale_outcome(caller))
         await asyncio.wait_for(held.hit.wait(), limit(_BACK_SECONDS))
         await _outage(down, up, held.release)
-        told = await asyncio.wait_for(telling, limit(_BACK_SECONDS))
-        # It waited: whatever was asked of the engine was done, and could be recorded once etcd was back.
-        assert told[0] == "", told
-        await _require_as_reported(caller, fragile_rig, files, told)
+        outcome = await asyncio.wait_for(scale, limit(_BACK_SECONDS))
+        # The operation waited for etcd, so that it could be completed.
+        assert outcome[0] == "", outcome
+        await _require_as_reported(caller, fragile_rig, files, outcome)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["stopped", "frozen"])
-async def test_what_begins_while_etcd_is_away_is_refused(fragile_rig: Rig, how: str) -> None:
+async def test_a_scale_is_refused_while_etcd_is_away(fragile_rig: Rig, how: str) -> None:
     etcd = fragile_rig.etcd
     down, up = (etcd.kill9, etcd.start) if how == "stopped" else (etcd.pause, etcd.resume)
     async with _daemon(fragile_rig, "--store-timeout", "1") as (_, _proxy, caller):
         files = await _create_with_files(caller)
         await asyncio.to_thread(down)
-        told = await _scale_outcome(caller)
+        outcome = await _scale_outcome(caller)
         await asyncio.to_thread(up)
-        assert told[0] == "STORE_UNAVAILABLE"
+        assert outcome[0] == "STORE_UNAVAILABLE"
         await _wait_until_consistent(caller, fragile_rig, files)
-        # A write that was sent into the silence may have been done after all; then the operation says so.
+        # etcd may have executed a write that it did not answer; then the scale is completed.
         container = await caller.get("victim")
         assert len(container.status.gpu_uuids) == container.spec.gpus.count
         assert await caller.free_gpus() == 8 - container.spec.gpus.count
@@ -172,24 +172,24 @@ async def test_what_begins_while_etcd_is_away_is_refused(fragile_rig: Rig, how: 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", _STAGES)
-@pytest.mark.parametrize("done", [False, True], ids=["before it is done", "once it is done"])
+@pytest.mark.parametrize("done", [False, True], ids=["before the call", "after the call"])
 async def test_the_engine_is_killed_in_the_middle_of_a_scale(fragile_rig: Rig, stage: str, *, done: bool) -> None:
     engine = fragile_rig.engine
     async with _daemon(fragile_rig) as (_, proxy, caller):
         files = await _create_with_files(caller)
         held = proxy.faults.hang("POST|DELETE", _MUTATIONS, nth=_STAGES[stage], after=done)
-        telling = asyncio.create_task(_scale_outcome(caller))
+        scale = asyncio.create_task(_scale_outcome(caller))
         await asyncio.wait_for(held.hit.wait(), limit(_BACK_SECONDS))
         await asyncio.to_thread(engine.kill9)
         proxy.faults.clear()
         await asyncio.to_thread(engine.start)
-        told = await asyncio.wait_for(telling, limit(_BACK_SECONDS))
+        outcome = await asyncio.wait_for(scale, limit(_BACK_SECONDS))
         await _restart_if_exited(caller, fragile_rig)
-        await _require_as_reported(caller, fragile_rig, files, told)
+        await _require_as_reported(caller, fragile_rig, files, outcome)
 
 
 @pytest.mark.timeout(300)
-async def test_engine_and_etcd_are_killed_together_and_the_daemon_as_well(fragile_rig: Rig) -> None:
+async def test_engine_etcd_and_daemon_are_killed_during_a_scale(fragile_rig: Rig) -> None:
     flags = own_state_flags()
     daemon = await fragile_rig.start_daemon(*FAST_FLAGS, *flags)
     async with Caller(daemon.target) as caller:

@@ -1,4 +1,4 @@
-"""Somebody starts a container behind the daemon's back, in the midst of an operation on it."""
+"""An engine container is started with the docker command during an operation on it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ __all__ = ["daemons"]
 _STOPPED = "before record of RUNNING after stop"
 
 
-async def test_no_layer_is_carried_while_its_container_runs(daemons: IsolatedDaemons) -> None:
-    """The daemon is frozen after it has stopped a container; `docker start` starts it, and the daemon is resumed."""
+async def test_no_layer_is_transferred_while_its_engine_container_runs(daemons: IsolatedDaemons) -> None:
+    """The daemon is stopped with SIGSTOP after it stopped a container, which `docker start` then starts."""
     environment = {KIND: "SCALE", DIE_AT: _STOPPED, SIGNAL: signal.SIGSTOP.name}
     daemon = await daemons.start(
         "--layer-carry", "exchange", module="tests.faults.instrumented_daemon", environment=environment
@@ -35,7 +35,7 @@ async def test_no_layer_is_carried_while_its_container_runs(daemons: IsolatedDae
         await until(frozen)
         await asyncio.to_thread(engine_action, daemons.rig, made.status.engine_id, "start")
         daemon.signal(signal.SIGCONT)
-        async with in_time("the scale went on and did not end"):
+        async with in_time("no end of the scale"):
             refused = await scale
         assert refused.reason == "LAYER_CARRY_FAILED"
         assert "is running; it must be stopped" in refused.message

@@ -1,4 +1,4 @@
-"""Volumes when the engine dies under them, and when the disk below them is full: what was written stays."""
+"""Volumes keep their files when the engine is killed or restarted, and when their pool is full."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_AL
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["killed", "restarted"])
-async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, how: str) -> None:
+async def test_volumes_keep_their_files_when_the_engine_is_killed_or_restarted(fragile_rig: Rig, how: str) -> None:
     rig = fragile_rig
     daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--volume-backend", "loop")
     try:
@@ -61,7 +61,7 @@ async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, ho
                 await until_state(caller, name, RUNNING, 60)
                 assert abs(await filesystem_size(caller, name) - SIZE) < SIZE // 50
             assert len(loop_devices_below(rig.folder)) == 1
-            # The daemon goes on, and so do the volumes.
+            # The daemon is running, and volumes can be changed.
             await caller.resize_volume("data", SIZE + 64 * MIB)
             assert abs(await filesystem_size(caller, "two") - (SIZE + 64 * MIB)) < SIZE // 50
             assert await caller.shell("two", SHOW_FILES) == files
@@ -79,7 +79,7 @@ async def test_the_engine_goes_and_comes_back_under_volumes(fragile_rig: Rig, ho
 
 @pytest.fixture
 def pool(daemons: IsolatedDaemons, tmp_path: Path) -> Iterator[Pool]:
-    """1000 MiB of ext4, without reserved blocks."""
+    """A pool of 1000 MiB of ext4, without reserved blocks."""
     rig, make = daemons.rig, ("mkfs.ext4", "-q", "-b", "4096", "-m", "0")
     image = tmp_path / "pool.image"
     with mounted_pool(rig, rig.folder / f"pool-{daemons.id}", image=image, size=1000 * MIB, make=make) as made:
@@ -87,8 +87,8 @@ def pool(daemons: IsolatedDaemons, tmp_path: Path) -> Iterator[Pool]:
 
 
 @pytest_asyncio.fixture
-async def crowded(daemons: IsolatedDaemons, pool: Pool) -> AsyncIterator[Caller]:
-    """A daemon that promises more than its pool has."""
+async def overcommitted(daemons: IsolatedDaemons, pool: Pool) -> AsyncIterator[Caller]:
+    """A caller of a daemon that overcommits the pool."""
     flags = ("--volume-dir", str(pool.path), "--volume-backend", "loop", "--volume-overcommit", "10")
     daemon = await daemons.start(*flags)
     async with Caller(daemon.target) as caller:
@@ -97,8 +97,8 @@ async def crowded(daemons: IsolatedDaemons, pool: Pool) -> AsyncIterator[Caller]
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
-async def test_what_a_full_pool_refuses_leaves_nothing_and_loses_nothing(crowded: Caller, pool: Pool) -> None:
-    caller = crowded
+async def test_calls_that_a_full_pool_refuses_change_nothing(overcommitted: Caller, pool: Pool) -> None:
+    caller = overcommitted
     await caller.create_volume("data", SIZE)
     await caller.create("one", mounts=[mount_of("data")])
     await caller.shell("one", WRITE_FILES)
@@ -108,47 +108,47 @@ async def test_what_a_full_pool_refuses_leaves_nothing_and_loses_nothing(crowded
     assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
     assert full.metadata["path"] == str(pool.path)
     assert (await failure(caller.volume("more"))).reason == "VOLUME_NOT_FOUND"
-    # No room for a copy, which is said before anything is made.
+    # There is no space for a copy, which is checked before anything is changed.
     full = await failure(caller.resize_volume("data", SIZE - 10 * MIB))
     assert full.reason == "DISK_FULL"
     grown = await failure(caller.resize_volume("data", SIZE * 2))
     assert grown.reason == "DISK_FULL"
-    seen = await caller.volume("data")
-    assert (seen.size_bytes, seen.revision, seen.operation_id) == (SIZE, 1, "")
+    volume = await caller.volume("data")
+    assert (volume.size_bytes, volume.revision, volume.operation_id) == (SIZE, 1, "")
     assert (await caller.get("one")).status.state == RUNNING
     assert await caller.shell("one", SHOW_FILES) == files
     assert len(loop_devices_below(pool.path)) == 1
     pool.empty()
-    # The same calls, with room.
+    # With space, the same calls succeed.
     await caller.resize_volume("data", SIZE * 2)
     await caller.shell("one", "dd if=/dev/zero of=/data/more bs=1M count=32 conv=fsync 2>/dev/null")
     assert (await caller.resize_volume("data", SIZE)).result.size_bytes == SIZE
     assert await caller.shell("one", SHOW_FILES) == files
 
 
-async def test_a_pool_that_fills_up_under_a_writer(crowded: Caller, pool: Pool) -> None:
-    """Promised more than there is, it is told that by an error; what it had written and synced before stays."""
-    caller = crowded
+async def test_a_writer_gets_an_error_when_the_pool_is_full(overcommitted: Caller, pool: Pool) -> None:
+    """The pool has less space than the volume's size. What was written and synced before the error stays."""
+    caller = overcommitted
     await caller.create_volume("data", SIZE)
     await caller.create("one", mounts=[mount_of("data")])
     await caller.shell("one", WRITE_FILES)
     files = await caller.shell("one", SHOW_FILES)
     pool.fill(leaving=40 * MIB)
     wrote = await caller.run("one", "dd", "if=/dev/zero", "of=/data/fill", "bs=1M", "count=200", "conv=fsync")
-    assert wrote.code == 1, "it is not told that all was well"
+    assert wrote.code == 1, "the write must fail"
     assert b"No space left" in wrote.stderr or b"I/O error" in wrote.stderr, wrote.stderr
-    seen = await caller.volume("data")
-    assert (seen.size_bytes, seen.state) == (SIZE, volume_pb2.VOLUME_STATE_READY)
+    volume = await caller.volume("data")
+    assert (volume.size_bytes, volume.state) == (SIZE, volume_pb2.VOLUME_STATE_READY)
     pool.empty()
-    # The filesystem may have shut itself down over writes that failed; a start mounts it anew.
+    # The filesystem may have shut itself down after failed writes; a restart mounts it again.
     await caller.restart("one")
     assert await caller.shell("one", SHOW_FILES) == files
     await caller.shell("one", "rm /data/fill && dd if=/dev/zero of=/data/fill bs=1M count=100 conv=fsync 2>/dev/null")
     assert await caller.shell("one", SHOW_FILES) == files
 
 
-async def test_a_shrink_that_runs_out_of_room_while_it_copies(crowded: Caller, pool: Pool) -> None:
-    caller = crowded
+async def test_a_shrink_that_runs_out_of_space_while_it_copies_is_undone(overcommitted: Caller, pool: Pool) -> None:
+    caller = overcommitted
     await caller.create_volume("data", 2 * SIZE)
     await caller.create("one", mounts=[mount_of("data")])
     await caller.shell("one", WRITE_FILES)
@@ -167,9 +167,9 @@ async def test_a_shrink_that_runs_out_of_room_while_it_copies(crowded: Caller, p
     assert stages == {"copy"}
     assert failed.reason in {"DISK_FULL", "VOLUME_FAILED"}, failed
     await caller.until_idle()
-    seen = await caller.volume("data")
-    assert (seen.size_bytes, seen.revision, seen.operation_id) == (2 * SIZE, 1, "")
-    assert len(loop_devices_below(pool.path)) == 1, "the smaller store is gone"
+    volume = await caller.volume("data")
+    assert (volume.size_bytes, volume.revision, volume.operation_id) == (2 * SIZE, 1, "")
+    assert len(loop_devices_below(pool.path)) == 1, "the loop device of the copy must be detached"
     assert (await caller.get("one")).status.state == RUNNING
     pool.empty()
     assert await caller.shell("one", f"{SHOW_FILES} && sha256sum bulk") == files
@@ -178,7 +178,7 @@ async def test_a_shrink_that_runs_out_of_room_while_it_copies(crowded: Caller, p
 
 
 async def test_btrfs_shrinks_in_place_under_a_container(daemons: IsolatedDaemons) -> None:
-    """By the client and the command line: neither stops anything."""
+    """By the client and by the command; neither stops the container."""
     daemon = await daemons.start("--volume-backend", "loop", "--volume-filesystem", "btrfs")
     try:
         async with Caller(daemon.target) as caller, Client(daemon.target) as client:

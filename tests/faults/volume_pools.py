@@ -1,4 +1,4 @@
-"""Volumes with files in them, and the filesystem that they share: what tests of several backends have in common."""
+"""Files in volumes, and a filesystem as the pool of volumes, for tests of several backends."""
 
 from __future__ import annotations
 
@@ -25,69 +25,72 @@ SHOW_FILES = "cd /data && sha256sum blob link && stat -c '%a %h %u %Y' blob"
 
 
 def mount_of(name: str) -> container_pb2.Mount:
-    """A volume at /data."""
+    """The mount of a volume at /data."""
     return container_pb2.Mount(volume=name, target="/data")
 
 
 async def filesystem_size(caller: Caller, container: str) -> int:
-    """What `df` inside says."""
+    """The size in bytes that `df` shows for /data in a container."""
     return int((await caller.shell(container, "df -P -k /data")).splitlines()[1].split()[1]) << 10
 
 
 async def container_has_files(caller: Caller, container: str, files: str) -> bool:
-    """Whether it runs, as the engine and not an older record has it, with these files."""
+    """Whether a command can run in the container; asserts that it sees these files.
+
+    A container that the engine has not started again after a kill is started.
+    """
     try:
-        looked = await caller.run(container, "sh", "-c", SHOW_FILES)
+        result = await caller.run(container, "sh", "-c", SHOW_FILES)
     except grpc.aio.AioRpcError:
-        # One that was killed ends what ran, and does not always start it again; its record says so.
+        # A killed engine does not start every container again; the record is EXITED then.
         if (await caller.get(container)).status.state == container_pb2.CONTAINER_STATE_EXITED:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await caller.start(container)
         return False
-    if looked.code != 0:  # it was ended under the look
+    if result.code != 0:  # the container was ended meanwhile
         return False
-    assert looked.stdout.decode() == files
+    assert result.stdout.decode() == files
     return True
 
 
 @dataclass(frozen=True)
 class Pool:
-    """A filesystem of its own for volumes, seen by the daemon and the engine, which others can fill."""
+    """A filesystem for volumes, mounted for daemon and engine, which tests can fill."""
 
     rig: Rig
     path: Path
 
     def inside(self, *words: object) -> str:
-        """Run a program where it is mounted."""
+        """Run a program in the mount namespace of the engine; returns its stdout."""
         command = [*self.rig.namespaces.enter(), *map(str, words)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     @property
     def free_bytes(self) -> int:
-        """What can still be written."""
+        """The free space in bytes."""
         return int(self.inside("stat", "--file-system", "--format", "%a", self.path)) * 4096
 
     def fill(self, leaving: int = 0) -> None:
-        """Somebody else takes all the room but some."""
-        # Were it not mounted, this would fill the host's disk.
+        """Fill the pool with a file, but for `leaving` bytes."""
+        # If the pool is not mounted, this would fill the host's disk.
         self.inside("mountpoint", "--quiet", self.path)
-        # What is left beside that is for the ballast's own blocks of extents.
-        self.inside("fallocate", "--length", self.free_bytes - leaving - 2 * _MIB, self.path / "ballast")
+        # 2 MiB are left for the extent blocks of the file.
+        self.inside("fallocate", "--length", self.free_bytes - leaving - 2 * _MIB, self.path / "filler")
         if not leaving:
-            words = ("dd", "if=/dev/zero", f"of={self.path}/crumbs", "bs=4k", "conv=fsync")
+            words = ("dd", "if=/dev/zero", f"of={self.path}/rest", "bs=4k", "conv=fsync")
             filled = subprocess.run([*self.rig.namespaces.enter(), *words], check=False, capture_output=True, text=True)
             assert "No space left" in filled.stderr, filled.stderr
 
     def empty(self) -> None:
-        """And gives it back."""
-        self.inside("rm", "--force", self.path / "ballast", self.path / "crumbs")
+        """Remove the files of `fill`."""
+        self.inside("rm", "--force", self.path / "filler", self.path / "rest")
 
 
 @contextmanager
 def mounted_pool(
     rig: Rig, path: Path, *, image: Path, size: int, make: Sequence[str], options: str = "loop"
 ) -> Iterator[Pool]:
-    """An image of this many bytes with a filesystem that `make` makes, mounted; what is made in it goes with it."""
+    """A mounted image of `size` bytes with the filesystem that the command `make` makes; unmounted after the block."""
     path.mkdir()
     with image.open("wb") as file:
         file.truncate(size)
