@@ -99,13 +99,19 @@ async def daemons(clean_engine: Rig) -> AsyncIterator[IsolatedDaemons]:
 
 
 @pytest_asyncio.fixture
-async def quick_caller(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
-    """Calls a daemon with FREQUENT_RECONCILE; fails the test if the daemon dies or logs a traceback."""
+async def quick_daemon(daemons: IsolatedDaemons) -> AsyncIterator[Daemon]:
+    """A daemon with FREQUENT_RECONCILE; fails the test if it dies or logs a traceback."""
     daemon = await daemons.start(*FREQUENT_RECONCILE)
-    async with Caller(daemon.target) as caller:
-        yield caller
+    yield daemon
     assert daemon.running
     assert "Traceback" not in daemon.log_text, daemon.log_text
+
+
+@pytest_asyncio.fixture
+async def quick_caller(quick_daemon: Daemon) -> AsyncIterator[Caller]:
+    """Calls `quick_daemon`."""
+    async with Caller(quick_daemon.target) as caller:
+        yield caller
 
 
 def process_runs_in(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Programs of the host, and the child process that works on trees, end with their daemon, whenever that dies."""
+"""Programs of the host, and child processes that work on trees, end with their daemon, whenever it dies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ import pytest
 from tests.rig.patience import limit
 
 _REPOSITORY = Path(__file__).parents[2]
-# Runs a program and dies, by its own hand, as soon as that was started.
-_PARENT = """
+# Starts a program, and kills itself as soon as the program has been started.
+_DIES_AT_START = """
 import asyncio, os, signal, sys
 from gpudock_server.adapters.host.subprocesses import run
 start = asyncio.create_subprocess_exec
@@ -26,8 +27,8 @@ async def started(*words, **named):
 asyncio.create_subprocess_exec = started
 asyncio.run(run("sleep", sys.argv[1]))
 """
-# Has a child process read a large file, and dies in the midst of that; the child is stopped, lest it end by itself.
-_PARENT_OF_JOB = """
+# Has a child process read a large file, stops the child, so that it cannot end, and kills itself.
+_DIES_DURING_JOB = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from gpudock_server.adapters.host.trees.worker import run_job
@@ -48,13 +49,13 @@ async def started(*words, **named):
 asyncio.create_subprocess_exec = started
 asyncio.run(run_job("digest", memory_bytes=1 << 30, root=sys.argv[1]))
 """
-# Not sparse, since holes are not read; read for a good part of a second, and looked at every hundredth.
+# The file has no holes, since these are not read. Reading it takes several tenths of a second.
 _LARGE_MIB = 768
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
-def _running(mark: str) -> list[int]:
-    """The processes that have this word among their arguments."""
+def _processes_with(mark: str) -> list[int]:
+    """The ids of the processes that have `mark` among their arguments."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -65,26 +66,21 @@ def _running(mark: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("slowly", [False, True], ids=["at once", "slowly"])
-def test_a_program_whose_daemon_dies_as_it_is_started_does_not_run(tmp_path: Path, *, slowly: bool) -> None:
-    """Also where the daemon is dead before the program could ask to be killed with it."""
-    if slowly:
-        late = tmp_path / "setpriv"
-        late.write_text('#!/bin/sh\nsleep 0.5\nexec /usr/bin/setpriv "$@"\n')
-        late.chmod(0o755)
-    # A time to sleep that no other process has.
+@pytest.mark.parametrize("delayed", [False, True], ids=["immediately", "delayed"])
+def test_a_program_whose_daemon_dies_as_it_is_started_does_not_run(tmp_path: Path, *, delayed: bool) -> None:
+    """Also if the daemon dies before the program has requested to be killed with it."""
+    if delayed:
+        slow_setpriv = tmp_path / "setpriv"
+        slow_setpriv.write_text('#!/bin/sh\nsleep 0.5\nexec /usr/bin/setpriv "$@"\n')
+        slow_setpriv.chmod(0o755)
+    # A number of seconds that no other process has among its arguments.
     mark = f"900.{uuid.uuid4().int}"
     path = f"{tmp_path}:{os.environ['PATH']}"
-    words = [sys.executable, "-c", _PARENT, mark]
-    died = subprocess.run(words, check=False, cwd=_REPOSITORY, env={**os.environ, "PATH": path}, timeout=60)
-    assert died.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + limit(10)
-    while (left := _running(mark)) and time.monotonic() < deadline:
-        # The kernel tells nobody but its parent of the end of a process, and the parent is dead.
-        time.sleep(_LOOK_SECONDS)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left, "it runs on, and changes what the next daemon looks at"
+    command = [sys.executable, "-c", _DIES_AT_START, mark]
+    environment = {**os.environ, "PATH": path}
+    parent = subprocess.run(command, check=False, cwd=_REPOSITORY, env=environment, timeout=limit(60))
+    assert parent.returncode == -signal.SIGKILL
+    _require_end_of(lambda: _processes_with(mark))
 
 
 @pytest.mark.deep
@@ -93,22 +89,27 @@ def test_a_job_on_a_tree_ends_with_its_daemon(tmp_path: Path) -> None:
     with large.open("wb") as file:
         for _ in range(_LARGE_MIB):
             file.write(bytes(1 << 20))
-    words = [sys.executable, "-c", _PARENT_OF_JOB, str(tmp_path)]
-    died = subprocess.run(words, check=False, cwd=_REPOSITORY, capture_output=True, text=True, timeout=limit(60))
+    command = [sys.executable, "-c", _DIES_DURING_JOB, str(tmp_path)]
+    parent = subprocess.run(command, check=False, cwd=_REPOSITORY, capture_output=True, text=True, timeout=limit(60))
     large.unlink()
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    child = int(died.stdout)
+    assert parent.returncode == -signal.SIGKILL, parent.stderr
+    child = int(parent.stdout)
+    _require_end_of(lambda: [child] if _is_running(child) else [])
+
+
+def _require_end_of(find: Callable[[], list[int]]) -> None:
+    """Wait until `find` returns no process; kill those that still run after a time limit, and fail."""
     deadline = time.monotonic() + limit(10)
-    while (left := _lives(child)) and time.monotonic() < deadline:
-        # The kernel tells nobody but its parent of the end of a process, and the parent is dead.
-        time.sleep(_LOOK_SECONDS)
-    if left:
-        os.kill(child, signal.SIGKILL)
-    assert not left, "it works on, and changes what the next daemon looks at"
+    while (pids := find()) and time.monotonic() < deadline:
+        # The kernel reports the end of a process only to its parent, which is dead.
+        time.sleep(_POLL_SECONDS)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    assert not pids, "a process outlives its daemon, and changes what the next daemon works on"
 
 
-def _lives(pid: int) -> bool:
-    """Whether a process has not ended; a zombie has."""
+def _is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
     except OSError:

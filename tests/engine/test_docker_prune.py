@@ -1,4 +1,4 @@
-"""`docker system prune -af` while a container is stopped: what is said, and what brings it back."""
+"""`docker system prune -af` while a container is stopped: errors name the remedies, and a rollback restores it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 
 
 async def prune(caller: Caller, rig: Rig, *names: str, image: str = "") -> None:
-    """What the engine's prune does to these, and to the image that they were the last to use."""
+    """Remove engine containers, and optionally their image, as the engine does when it prunes."""
     for name in names:
         rig.engine.call("DELETE", f"/containers/{(await caller.get(name)).status.engine_id}")
     if image:
@@ -32,7 +32,7 @@ async def prune(caller: Caller, rig: Rig, *names: str, image: str = "") -> None:
         await until_state(caller, name, FAILED)
 
 
-async def test_what_was_pruned_says_what_can_be_done(daemons: IsolatedDaemons, rig: Rig) -> None:
+async def test_a_pruned_container_is_restored_from_a_snapshot_or_its_image(daemons: IsolatedDaemons, rig: Rig) -> None:
     daemon = await daemons.start()
     async with Caller(daemon.target) as caller:
         await caller.create("kept", 1)
@@ -60,16 +60,18 @@ async def test_what_was_pruned_says_what_can_be_done(daemons: IsolatedDaemons, r
             in (await wait_for_drift(caller, "CONTAINER_GONE", REPAIRED, "kept")).plan
         )
         assert "there is no snapshot" in (await wait_for_drift(caller, "CONTAINER_GONE", REPAIRED, "bare")).plan
-        assert (await failure(caller.rollback("kept", 2))).reason == "SNAPSHOT_NOT_FOUND", "its files are lost"
+        assert (await failure(caller.rollback("kept", 2))).reason == "SNAPSHOT_NOT_FOUND", (
+            "revision 2 had no snapshot when its files were lost"
+        )
         await caller.clone("kept", "clone", revision=1)
         assert await caller.shell("clone", "cat /note") == "one\n"
         assert (await caller.rollback("kept", 1)).status.state == STOPPED
-        # Its spec alone: what the image has.
+        # With spec_only, the container gets the files of its image.
         request = container_service_pb2.RollbackContainerRequest(
             name="bare", revision=1, spec_only=True, validate_only=True
         )
-        planned = [each async for each in caller.containers.RollbackContainer(request)]
-        assert any("are lost" in each for each in planned[-1].operation.plan.warnings), planned[-1]
+        answers = [answer async for answer in caller.containers.RollbackContainer(request)]
+        assert any("are lost" in answer for answer in answers[-1].operation.plan.warnings), answers[-1]
         assert (await caller.rollback("bare", 1, spec_only=True)).status.state == STOPPED
         for name, note in (("kept", "one\n"), ("bare", "")):
             await caller.start(name)
@@ -77,7 +79,7 @@ async def test_what_was_pruned_says_what_can_be_done(daemons: IsolatedDaemons, r
         await caller.delete_all()
 
 
-async def test_the_image_is_pulled_again_and_must_be_the_same(
+async def test_a_pruned_image_is_pulled_again_and_must_have_the_same_id(
     daemons: IsolatedDaemons, rig: Rig, tmp_path: Path
 ) -> None:
     daemon = await daemons.start()
@@ -86,23 +88,27 @@ async def test_the_image_is_pulled_again_and_must_be_the_same(
         request = container_service_pb2.CreateContainerRequest(
             name="one", spec=container_pb2.ContainerSpec(image=image, command=["/payload"]), create_only=True
         )
-        made = await result_of(caller.containers.CreateContainer(request))
+        created = await result_of(caller.containers.CreateContainer(request))
         await caller.update("one", "env", env={"A": "1"})
         await prune(caller, rig, "one", image=image)
-        back = await caller.rollback("one", 1)
-        assert (back.status.state, back.status.image_id, back.revision) == (STOPPED, made.status.image_id, 3)
-        # Its name leads elsewhere by now: then nothing is changed.
+        rolled_back = await caller.rollback("one", 1)
+        assert (rolled_back.status.state, rolled_back.status.image_id, rolled_back.revision) == (
+            STOPPED,
+            created.status.image_id,
+            3,
+        )
+        # If the name refers to another image by now, nothing is changed.
         await prune(caller, rig, "one", image=image)
         publish(tmp_path, seed="another")
-        for words in ({"revision": 1}, {"revision": 3, "spec_only": True}):
-            refused = await failure(caller.rollback("one", **words))
+        for arguments in ({"revision": 1}, {"revision": 3, "spec_only": True}):
+            refused = await failure(caller.rollback("one", **arguments))
             assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "IMAGE_DIFFERS"), refused
-            assert refused.metadata["current_image_id"] == made.status.image_id
+            assert refused.metadata["current_image_id"] == created.status.image_id
             assert refused.message.endswith(
                 "Restore the image (`docker pull` by its digest, or `docker load`), and call this again"
             )
-            seen = await caller.get("one")
-            assert (seen.status.state, seen.revision) == (FAILED, 3)
+            current = await caller.get("one")
+            assert (current.status.state, current.revision) == (FAILED, 3)
         publish(tmp_path)
         assert (await caller.rollback("one", 1)).revision == 4
         await caller.delete_all()
@@ -110,7 +116,7 @@ async def test_the_image_is_pulled_again_and_must_be_the_same(
 
 
 @pytest.mark.deep
-async def test_files_are_kept_when_a_container_is_stopped(daemons: IsolatedDaemons, rig: Rig) -> None:
+async def test_snapshot_on_stop_keeps_the_files_of_a_stopped_container(daemons: IsolatedDaemons, rig: Rig) -> None:
     daemon = await daemons.start("--snapshot-on-stop", "true")
     async with Caller(daemon.target) as caller:
         await caller.create("one", 1)
@@ -128,25 +134,25 @@ async def test_files_are_kept_when_a_container_is_stopped(daemons: IsolatedDaemo
         refused = await failure(caller.start("one"))
         assert (refused.reason, refused.metadata["revisions"]) == ("CONTAINER_GONE", "1")
         await caller.clone("one", "clone")
-        back = await caller.rollback("one", 1)
-        assert (back.status.state, back.revision) == (STOPPED, 2)
+        rolled_back = await caller.rollback("one", 1)
+        assert (rolled_back.status.state, rolled_back.revision) == (STOPPED, 2)
         await caller.start("one")
         for name in ("one", "clone"):
             assert await caller.shell(name, "cat /note") == "second\n"
-        # What the next change keeps of a revision takes the place of what its stop kept.
+        # The snapshot that the next change makes replaces the one that the stop made.
         await caller.shell("one", "echo third > /note")
         await caller.stop("one")
         await caller.start("one")
         await caller.shell("one", "echo fourth > /note")
-        ended = (await caller.get("one")).revision
+        stopped_revision = (await caller.get("one")).revision
         await caller.update("one", "env", env={"A": "1"})
-        await caller.rollback("one", ended)
+        await caller.rollback("one", stopped_revision)
         assert await caller.shell("one", "cat /note") == "fourth\n"
         await caller.delete_all()
 
 
-async def test_a_stop_does_not_wait_for_room_to_keep_files(daemons: IsolatedDaemons, rig: Rig) -> None:
-    # No folder can be made below a file.
+async def test_a_stop_succeeds_without_a_snapshot_if_none_can_be_made(daemons: IsolatedDaemons, rig: Rig) -> None:
+    # A file in the place of the snapshot folder makes every snapshot fail.
     root = rig.engine.call("GET", "/info")["DockerRootDir"]
     blocked = Path(root, f"blocked-{daemons.id}")
     await asyncio.to_thread(blocked.touch)
