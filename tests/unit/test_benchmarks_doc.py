@@ -1,4 +1,4 @@
-"""docs/benchmarks.md shows what its samples give, and says of which tables there are no samples."""
+"""docs/benchmarks.md shows the figures of its samples, and names the tables without samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROWS = [
     Row("get, p99", Unit.MS, {"gpudock": [1, 2, 3.123456]}, percent=99, target=Target(2, unit="ms")),
     Row("disk", Unit.MB, {"gpudock": [0.01], "changed": [0]}, "changed"),
 ]
-# The heads of tables with figures, outside of markers.
+# The header of tables with figures.
 _HEAD = "| gpudock"
 
 
@@ -39,7 +39,7 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_document_shows_what_its_samples_give() -> None:
+def test_the_document_shows_the_figures_of_its_samples() -> None:
     text = document.DOCUMENT.read_text(encoding="utf-8")
     assert text == document.rendered(text), "run `python -m benchmarks --render`"
 
@@ -66,7 +66,7 @@ def test_tables_without_samples_say_so() -> None:
     )
 
 
-def test_several_results_are_rendered_with_what_they_were_measured_on(results: Path) -> None:
+def test_several_results_are_rendered_with_their_machines(results: Path) -> None:
     text = document.rendered(_document("one", "two"), results)
     assert text.startswith(
         "before\n<!-- samples: one two -->\n2026-12-01T08:00:00+00:00, `python -m benchmarks exec`, "
@@ -79,12 +79,12 @@ def test_several_results_are_rendered_with_what_they_were_measured_on(results: P
     assert cells == ["create", "110 ms", "docker", "100 ms", "1.10 (1.05 to 1.30)", "at most 1.15", "yes"]
     assert [cell.strip() for cell in get.split("|")[2:-1]] == ["3.10 ms", "", "", "", "at most 2 ms", "**no**"]
     assert [cell.strip() for cell in disk.split("|")[2:-1]] == ["0.01 MB", "changed", "0.00 MB", "", "", ""]
-    assert quick.split("|")[-2].strip() == "", "a quick run meets no target"
+    assert quick.split("|")[-2].strip() == "", "a quick run is compared with a target"
     assert document.rendered(text, results) == text
     assert document.shown(text) == {"one", "two"}
 
 
-def test_another_figure_in_the_document_or_the_samples_shows(results: Path) -> None:
+def test_a_different_figure_in_the_document_or_the_samples_is_noticed(results: Path) -> None:
     text = document.rendered(_document("one"), results)
     better = text.replace("110 ms", "10 ms")
     assert document.rendered(better, results) != better
@@ -103,7 +103,7 @@ def test_another_figure_in_the_document_or_the_samples_shows(results: Path) -> N
         _document("one").replace("<!-- end of samples -->\n", "<!-- end of samples -->"),
     ],
 )
-def test_markers_that_cannot_be_followed_are_refused(results: Path, text: str) -> None:
+def test_invalid_markers_are_refused(results: Path, text: str) -> None:
     with pytest.raises(document.MarkerError):
         document.rendered(text, results)
 
@@ -114,7 +114,7 @@ def test_results_that_cannot_be_read_are_refused(results: Path) -> None:
         document.rendered(_document("one"), results)
 
 
-def test_what_is_kept_gives_the_same_row_again(results: Path) -> None:
+def test_saved_results_are_read_as_they_were(results: Path) -> None:
     kept, rows = report.read(results / "one.json")
     assert (kept, rows) == (_MACHINE, _ROWS)
     assert [row.cells for row in rows] == [row.cells for row in _ROWS]

@@ -1,4 +1,4 @@
-"""What the client makes of an exec's messages without protobuf is what protobuf makes of them."""
+"""The client decodes exec responses without protobuf to the same result as protobuf."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from gpudock.v1 import exec_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-Answer = exec_pb2.ExecContainerResponse
+Response = exec_pb2.ExecContainerResponse
 
 
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, 524_288, 1 << 21])
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_output_by_itself(stream: Any, size: int) -> None:
+def test_output_is_decoded_to_a_chunk(stream: Any, size: int) -> None:
     data = bytes(index % 251 for index in range(size))
     fields: dict[str, Any] = {stream: data}
-    assert decode_response(Answer(**fields).SerializeToString()) == Chunk(stream, data)
+    assert decode_response(Response(**fields).SerializeToString()) == Chunk(stream, data)
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "response",
     [
-        Answer(),
-        Answer(started=exec_pb2.ExecStarted(exec_id="made")),
-        Answer(exited=exec_pb2.ExecExited(signal="SIGKILL", timed_out=True)),
+        Response(),
+        Response(started=exec_pb2.ExecStarted(exec_id="e1")),
+        Response(exited=exec_pb2.ExecExited(signal="SIGKILL", timed_out=True)),
     ],
 )
-def test_everything_else_is_its_message(answer: Answer) -> None:
-    assert decode_response(answer.SerializeToString()) == answer
+def test_other_responses_are_decoded_to_their_message(response: Response) -> None:
+    assert decode_response(response.SerializeToString()) == response
 
 
-def test_one_that_holds_more_is_left_to_protobuf() -> None:
-    # As the wire allows: of a field that comes twice, the last counts.
-    raw = Answer(stdout=b"a").SerializeToString() + Answer(stdout=b"b").SerializeToString()
-    assert decode_response(raw) == Answer(stdout=b"b")
+def test_a_response_with_a_repeated_field_is_decoded_by_protobuf() -> None:
+    # The wire format allows a field twice; the last one counts.
+    raw = Response(stdout=b"a").SerializeToString() + Response(stdout=b"b").SerializeToString()
+    assert decode_response(raw) == Response(stdout=b"b")
 
 
 @given(st.binary(max_size=12) | st.binary(max_size=12).map(lambda rest: b"\x12" + rest))
-def test_any_bytes_are_what_protobuf_says_or_its_error(raw: bytes) -> None:
+def test_any_bytes_are_decoded_as_by_protobuf_or_refused(raw: bytes) -> None:
     try:
-        expected = Answer.FromString(raw)
+        expected = Response.FromString(raw)
     except DecodeError:
         with pytest.raises(DecodeError):
             decode_response(raw)

@@ -11,48 +11,48 @@ import pytest
 from gpudock_server.adapters.docker.raw_stream import SocketRawStream
 
 KIB = 1024
-# Longer than a stream gathers bulk data, on a kernel whose clock ticks every 4 ms.
-LATER = 0.012
+# Seconds; longer than a stream gathers bulk data, on a kernel whose clock ticks every 4 ms.
+PAUSE = 0.012
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Our end and the engine's end of a connection."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)  # noqa: FBT003 - the library's signature
-    with ours, theirs:
-        yield ours, theirs
+    """The daemon's end and the engine's end of a connection."""
+    daemon_end, engine_end = socket.socketpair()
+    daemon_end.setblocking(False)  # noqa: FBT003 - the library's signature
+    with daemon_end, engine_end:
+        yield daemon_end, engine_end
 
 
-async def taken(wire: SocketRawStream) -> bytes:
-    """The next data of a stream, consumed."""
+async def consume_next(wire: SocketRawStream) -> bytes:
+    """Consume and return the next data of a stream."""
     block = bytes(await wire.wait())
     wire.consume(len(block))
     return block
 
 
-async def test_a_flow_that_pauses_has_not_ended(ends: tuple[socket.socket, socket.socket]) -> None:
+async def test_a_stream_that_pauses_has_not_ended(ends: tuple[socket.socket, socket.socket]) -> None:
     wire = SocketRawStream(ends[0])
     ends[1].sendall(b"a" * 64 * KIB)
-    assert await taken(wire)
+    assert await consume_next(wire)
     ends[1].sendall(b"b" * KIB)
-    await asyncio.sleep(LATER)
+    await asyncio.sleep(PAUSE)
     ends[1].sendall(b"c" * KIB)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    while not (await taken(wire)).endswith(b"c"):
+    while not (await consume_next(wire)).endswith(b"c"):
         pass
-    waiting = asyncio.create_task(taken(wire))
-    await asyncio.sleep(LATER)
+    waiting = asyncio.create_task(consume_next(wire))
+    await asyncio.sleep(PAUSE)
     assert not waiting.done()
     ends[1].sendall(b"d")
     assert await waiting == b"d"
     ends[1].shutdown(socket.SHUT_WR)
-    assert await taken(wire) == b""
+    assert await consume_next(wire) == b""
     wire.close()
 
 
-async def test_all_of_a_flow_arrives_in_order_at_any_pace(ends: tuple[socket.socket, socket.socket]) -> None:
+async def test_all_data_arrives_in_order_at_any_pace(ends: tuple[socket.socket, socket.socket]) -> None:
     wire = SocketRawStream(ends[0])
     dice = random.Random(3)  # noqa: S311 - the same paces every time
     sent = dice.randbytes(8 * KIB * KIB)
@@ -72,7 +72,7 @@ async def test_all_of_a_flow_arrives_in_order_at_any_pace(ends: tuple[socket.soc
         got += block[:count]
         wire.consume(count)
         if not count or dice.random() < 0.3:
-            await asyncio.sleep(dice.random() * LATER)
+            await asyncio.sleep(dice.random() * PAUSE)
         if not count and len(got) + len(block) == len(sent):
             # Data that was not consumed is returned with the next data, and there is none.
             got += block
@@ -82,33 +82,35 @@ async def test_all_of_a_flow_arrives_in_order_at_any_pace(ends: tuple[socket.soc
     wire.close()
 
 
-async def test_whoever_takes_nothing_sees_it_all_again_with_what_follows(
+async def test_data_that_is_not_consumed_is_returned_again_with_the_next_data(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
-    """More than a block, received by the event loop and by the thread."""
+    """The data is larger than a block, so that the event loop and the thread receive it."""
     wire = SocketRawStream(ends[0])
     sent = random.Random(5).randbytes(1700 * KIB)  # noqa: S311 - the same bytes every time
     ends[1].sendall(sent[: 64 * KIB])
-    assert await taken(wire) == sent[: 64 * KIB]
+    assert await consume_next(wire) == sent[: 64 * KIB]
     sending = asyncio.create_task(asyncio.to_thread(ends[1].sendall, sent[64 * KIB :]))
-    seen = b""
-    while len(seen) < len(sent) - 64 * KIB:
+    unconsumed = b""
+    while len(unconsumed) < len(sent) - 64 * KIB:
         block = bytes(await wire.wait())
-        assert len(block) > len(seen)
-        assert block.startswith(seen)
-        seen = block
+        assert len(block) > len(unconsumed)
+        assert block.startswith(unconsumed)
+        unconsumed = block
         wire.consume(0)
     await sending
-    assert seen == sent[64 * KIB :]
+    assert unconsumed == sent[64 * KIB :]
     wire.close()
 
 
-async def test_a_flow_comes_in_blocks_and_its_last_piece_at_once(ends: tuple[socket.socket, socket.socket]) -> None:
+async def test_bulk_data_is_gathered_in_blocks_and_its_end_is_returned_at_once(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
     wire = SocketRawStream(ends[0])
     sizes: list[int] = []
     sending = asyncio.create_task(asyncio.to_thread(_send_pieces, ends[1], 10 * KIB, 800))
     while sum(sizes) < 8000 * KIB:
-        sizes.append(len(await taken(wire)))
+        sizes.append(len(await consume_next(wire)))
     await sending
     # Without gathering there would be 800.
     assert len(sizes) < 200
@@ -123,29 +125,29 @@ def _send_pieces(end: socket.socket, size: int, count: int) -> None:
         end.sendall(b"x" * size)
 
 
-async def test_closed_while_a_flow_is_gathered(ends: tuple[socket.socket, socket.socket]) -> None:
+async def test_a_stream_can_be_closed_while_it_gathers_data(ends: tuple[socket.socket, socket.socket]) -> None:
     wire = SocketRawStream(ends[0])
     ends[1].sendall(b"a" * 64 * KIB)
-    assert await taken(wire)
-    waiting = asyncio.create_task(taken(wire))
+    assert await consume_next(wire)
+    waiting = asyncio.create_task(consume_next(wire))
     ends[1].sendall(b"b" * 64 * KIB)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     wire.close()
     await waiting
     assert ends[0].fileno() < 0
-    assert await taken(wire) == b""
+    assert await consume_next(wire) == b""
     wire.close()
 
 
-async def test_what_the_other_side_does_not_read_holds_the_sender_back_and_not_the_receiver(
+async def test_a_send_that_waits_for_the_engine_does_not_block_receiving(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     wire = SocketRawStream(ends[0])
     sending = asyncio.create_task(wire.send(b"x" * 2048 * KIB))
-    await asyncio.sleep(LATER)
+    await asyncio.sleep(PAUSE)
     ends[1].sendall(b"answer")
-    assert await taken(wire) == b"answer"
+    assert await consume_next(wire) == b"answer"
     assert not sending.done()
     got = await asyncio.to_thread(_receive, ends[1], 2048 * KIB)
     assert await sending

@@ -1,4 +1,4 @@
-"""Every error says what it must: a message from its fields, and a reason that is in the contract."""
+"""Every error has a message with its fields, and a reason that is in the contract."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _EXAMPLES: dict[object, object] = {
 
 
 def _subclasses(kind: type[GpudockError]) -> set[type[GpudockError]]:
-    return {kind, *(one for child in kind.__subclasses__() for one in _subclasses(child))}
+    return {kind, *(found for child in kind.__subclasses__() for found in _subclasses(child))}
 
 
-# What has a sentence of its own.
+# Concrete errors; base classes begin with an underscore.
 KINDS = sorted(
     (kind for kind in _subclasses(GpudockError) if not kind.__name__.startswith("_") and kind is not GpudockError),
     key=lambda kind: kind.__name__,
@@ -39,17 +39,17 @@ def example(kind: type[GpudockError]) -> GpudockError:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_error(kind: type[GpudockError]) -> None:
+def test_an_error_has_a_message_metadata_and_a_reason_of_the_contract(kind: type[GpudockError]) -> None:
     error = example(kind)
     assert error.message == str(error)
     assert all(isinstance(value, str) for value in error.metadata.values())
-    assert f"ERROR_REASON_{error.reason}" in error_reason_pb2.ErrorReason.keys()  # noqa: SIM118 (a protobuf enum)
+    assert f"ERROR_REASON_{error.reason}" in error_reason_pb2.ErrorReason.keys()  # noqa: SIM118 - a protobuf enum
     for word in ("{", "}", "self"):
         assert word not in error.message
 
 
 def _raised() -> set[str]:
-    """The names of classes that the daemon's code uses otherwise than to catch them."""
+    """Return the names that the code of the daemon uses, except in `except` clauses and return annotations."""
     names = set()
     for path in Path(errors.__file__).parents[1].rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def _raised() -> set[str]:
 
 
 def test_every_error_is_raised_somewhere() -> None:
-    # One that others inherit from is raised as one of those.
+    # A class with subclasses is raised as one of these.
     assert {kind.__name__ for kind in KINDS if not kind.__subclasses__()} - _raised() == set()
 
 
@@ -80,29 +80,29 @@ def test_every_reason_of_the_contract_is_raised() -> None:
     names = _raised()
     raised = {f"ERROR_REASON_{kind.reason}" for kind in KINDS if kind.__name__ in names}
     promised = set(error_reason_pb2.ErrorReason.keys()) - {"ERROR_REASON_UNSPECIFIED"}
-    assert promised - raised == {"ERROR_REASON_PERMISSION_DENIED"}, "what nothing raises is not in the contract"
+    assert promised - raised == {"ERROR_REASON_PERMISSION_DENIED"}, "the contract has a reason that no code raises"
 
 
 def test_the_contract_names_every_key_of_the_metadata() -> None:
-    """`a or b` is one of both or none; what is `(optional: …)` may be missing."""
+    """The metadata in the contract: `a or b` is one of both or none; a key with `(optional: …)` may be missing."""
     text = (Path(__file__).parents[2] / "protos/gpudock/v1/error_reason.proto").read_text(encoding="utf-8")
     promised: dict[str, list[tuple[set[str], bool]]] = {}
     for comment, reason in re.findall(r"((?:  //[^\n]*\n)+)  ERROR_REASON_(\w+) = ", text):
-        said = " ".join(line.strip().removeprefix("//").strip() for line in comment.splitlines())
-        if "Metadata: " in said:
-            keys = re.sub(r"\((optional)?[^)]*\)", r"\1", said.split("Metadata: ")[1]).rstrip(".")
+        description = " ".join(line.strip().removeprefix("//").strip() for line in comment.splitlines())
+        if "Metadata: " in description:
+            keys = re.sub(r"\((optional)?[^)]*\)", r"\1", description.split("Metadata: ")[1]).rstrip(".")
             promised[reason] = [_promise(key) for key in keys.split(",") if key.strip() != "none"]
     for kind in KINDS:
         if kind is errors.OperationFailed:
             continue
-        found = set(example(kind).metadata)
-        for names, needed in promised[kind.reason]:
-            assert len(found & names) == 1 or (not needed and not found & names), (kind, names)
-        assert found <= {name for names, _ in promised[kind.reason] for name in names}, kind
+        metadata = set(example(kind).metadata)
+        for names, required in promised[kind.reason]:
+            assert len(metadata & names) == 1 or (not required and not metadata & names), (kind, names)
+        assert metadata <= {name for names, _ in promised[kind.reason] for name in names}, kind
 
 
 def _promise(key: str) -> tuple[set[str], bool]:
-    """The names that a key can have, and whether one of them is always there."""
+    """Return the names that a key can have, and whether one of them is required."""
     names = set(key.removesuffix("optional").split(" or ")) if " or " in key else {key.removesuffix("optional")}
     return {name.strip() for name in names}, len(names) == 1 and not key.endswith("optional")
 
@@ -143,5 +143,5 @@ def _promise(key: str) -> tuple[set[str], bool]:
         ),
     ],
 )
-def test_a_sentence_says_what_would_be_right(error: GpudockError, message: str) -> None:
+def test_messages_say_what_is_wrong_and_what_would_be_right(error: GpudockError, message: str) -> None:
     assert str(error) == message

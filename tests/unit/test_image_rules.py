@@ -1,4 +1,4 @@
-"""Which names a commit may give, and how names are compared."""
+"""Which image names a commit can use, and how names are compared."""
 
 from __future__ import annotations
 
@@ -41,12 +41,14 @@ def test_two_spellings_of_a_name_are_equal(reference: str, familiar: str) -> Non
         (("tenants/{owner}",), "alice", "tenants/alice2/m", False),
         (("tenants/{owner}",), "alice", "tenants", False),
         (("tenants/{owner}",), "", "tenants/", False),
-        # Neither reaches into what is another owner's.
+        # These owners would reach the repositories of other owners.
         (("tenants/{owner}",), "alice/sub", "tenants/alice/sub/m", False),
         (("tenants/{owner}",), "Alice", "tenants/alice/m", False),
     ],
 )
-def test_repositories(repositories: tuple[str, ...], owner: str, repository: str, *, allowed: bool) -> None:
+def test_which_repositories_are_allowed(
+    repositories: tuple[str, ...], owner: str, repository: str, *, allowed: bool
+) -> None:
     rules = ImagePolicy(repositories=repositories)
     if allowed:
         rules.require_allowed(repository, owner)
@@ -55,7 +57,7 @@ def test_repositories(repositories: tuple[str, ...], owner: str, repository: str
             rules.require_allowed(repository, owner)
 
 
-async def test_a_name_is_not_given_while_it_is_pulled() -> None:
+async def test_a_commit_cannot_use_a_name_during_its_pull() -> None:
     names = ImageNameLocks()
     async with names.pull_lock("busybox"), names.pull_lock("busybox"):
         with pytest.raises(ImageExists):

@@ -109,10 +109,10 @@ def names_in(layer: IO[bytes]) -> list[str]:
 
 
 CASES: Mapping[str, tuple[Lines, Sequence[Lines]]] = {
-    "the later one wins": ([("f", "0")], [[("f", "1")], [("f", "2")]]),
-    "deleted, and never seen below": ([], [[("d", "/"), ("d/f", "1")], [("d", "/"), ("d/.wh.f", "")]]),
+    "the later file is visible": ([("f", "0")], [[("f", "1")], [("f", "2")]]),
+    "deleted, and not in the base": ([], [[("d", "/"), ("d/f", "1")], [("d", "/"), ("d/.wh.f", "")]]),
     "deleted from the base": ([("d", "/"), ("d/f", "0")], [[("d", "/"), ("d/.wh.f", "")], [("g", "1")]]),
-    "deleted and made again": ([("d", "/"), ("d/f", "0")], [[(".wh.d", "")], [("d", "/"), ("d/g", "1")]]),
+    "deleted and created again": ([("d", "/"), ("d/f", "0")], [[(".wh.d", "")], [("d", "/"), ("d/g", "1")]]),
     "deleted below an opaque folder": (
         [("d", "/"), ("d/f", "0"), ("d/g", "0")],
         [[("d", "/"), ("d/.wh.f", "")], [("d", "/"), ("d/.wh..wh..opq", ""), ("d/h", "1")]],
@@ -133,7 +133,7 @@ CASES: Mapping[str, tuple[Lines, Sequence[Lines]]] = {
     "a link whose first name was deleted": ([], [[("z", "1"), ("b", "=z"), ("c", "=z")], [(".wh.z", "")]]),
     "a link that comes before its first name": ([], [[("z/one", "1"), ("a", "=z/one")], [("y", "2")]]),
     "a link to a link": ([], [[("a", "1"), ("b", "=a"), ("c", "=b")], [(".wh.a", "")]]),
-    "a whiteout beside what it is about": (
+    "a whiteout and a folder of the same name in one layer": (
         [("d", "/"), ("d/f", "0")],
         [[(".wh.d", ""), ("d", "/"), ("d/g", "1")], [("e", "1")]],
     ),
@@ -142,13 +142,13 @@ CASES: Mapping[str, tuple[Lines, Sequence[Lines]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_changes_to_the_eye(case: str) -> None:
+def test_merged_layers_show_the_same_files(case: str) -> None:
     base, layers = CASES[case]
     bottom, tars = tar_of(base), [tar_of(lines) for lines in layers]
     assert unpacked([bottom, merged(tars, [bottom])]) == unpacked([bottom, *tars])
 
 
-def test_a_whiteout_that_hides_nothing_is_left_out() -> None:
+def test_a_whiteout_that_hides_nothing_is_omitted() -> None:
     """Without a lower folder, the engine's file system would show the marker as a file."""
     layers = [tar_of([("d", "/"), ("d/f", "1")]), tar_of([("d", "/"), ("d/.wh.f", ""), (".wh.x", "")])]
     assert names_in(merged(layers, [tar_of([("x", "0")])])) == ["d", ".wh.x"]
@@ -166,13 +166,13 @@ def test_headers_are_kept_as_they_are() -> None:
     out = merged([file, tar_of([("other", "2")])])
     out.seek(0)
     with tarfile.open(fileobj=out, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-        (kept,) = [one for one in tar if one.name != "other"]
+        (kept,) = [entry for entry in tar if entry.name != "other"]
     assert (kept.name, kept.mode, kept.uid, kept.gid) == ("grün-\udcff", 0o4711, 4_000_000_000, 7)
     assert kept.pax_headers["mtime"] == "1700000000.123456789"
     assert kept.pax_headers["SCHILY.xattr.user.note"] == "v\0\udcff"
 
 
-def test_a_link_that_gets_the_content_gets_all_that_goes_with_it() -> None:
+def test_a_link_that_becomes_the_file_gets_its_content_and_attributes() -> None:
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
         member = tarfile.TarInfo("first/" + "x" * 150)
@@ -185,7 +185,7 @@ def test_a_link_that_gets_the_content_gets_all_that_goes_with_it() -> None:
     out = merged([file, tar_of([("first/.wh." + "x" * 150, "")])])
     out.seek(0)
     with tarfile.open(fileobj=out, mode="r:") as tar:
-        (left,) = [one for one in tar if one.isreg()]
+        (left,) = [entry for entry in tar if entry.isreg()]
         content = tar.extractfile(left)
         assert content is not None
         assert content.read() == b"abc"
@@ -198,45 +198,45 @@ _PATHS = st.lists(st.sampled_from(_WORDS), min_size=1, max_size=3).map("/".join)
 
 
 @st.composite
-def _changes(draw: st.DrawFn, seen: Tree, number: int) -> list[tuple[str, str]]:
-    """A layer that can come after one has seen `seen`: as engines write them, parents first."""
+def _changes(draw: st.DrawFn, visible: Tree, number: int) -> list[tuple[str, str]]:
+    """A layer that an engine can write on top of the tree `visible`, with parents first."""
     lines: list[tuple[str, str]] = []
-    here: dict[str, str] = {}
+    entries: dict[str, str] = {}
     for step in range(draw(st.integers(1, 6))):
         path, kind = draw(_PATHS), draw(st.sampled_from(("file", "file", "folder", "gone", "opaque", "link")))
         parents = ["/".join(path.split("/")[:depth]) for depth in range(1, path.count("/") + 1)]
-        # What this layer has said, it does not take back: an engine would write the outcome alone.
-        if any(here.get(parent, "/") != "/" or f"gone {parent}" in here for parent in parents):
+        # A layer has one entry for each path, since an engine writes only the final state.
+        if any(entries.get(parent, "/") != "/" or f"gone {parent}" in entries for parent in parents):
             continue
-        if path in here or f"gone {path}" in here or any(known.startswith(f"{path}/") for known in here):
+        if path in entries or f"gone {path}" in entries or any(known.startswith(f"{path}/") for known in entries):
             continue
-        if any(seen.get(parent) is not None and parent not in here for parent in parents):
+        if any(visible.get(parent) is not None and parent not in entries for parent in parents):
             continue
         for parent in parents:
-            if parent not in here:
+            if parent not in entries:
                 lines.append((parent, "/"))
-                here[parent] = "/"
+                entries[parent] = "/"
         prefix, _, name = path.rpartition("/")
         marker = (prefix + "/" if prefix else "") + ".wh." + name
         if kind == "gone":
             lines.append((marker, ""))
-            here[f"gone {path}"] = ""
+            entries[f"gone {path}"] = ""
         elif kind in ("folder", "opaque"):
             lines.append((path, "/"))
-            here[path] = "/"
+            entries[path] = "/"
             if kind == "opaque":
                 lines.append((f"{path}/.wh..wh..opq", ""))
         else:
-            targets = [known for known, what in here.items() if what not in ("", "/")]
+            targets = [known for known, what in entries.items() if what not in ("", "/")]
             what = f"={draw(st.sampled_from(targets))}" if kind == "link" and targets else f"{number}.{step}"
             lines.append((path, what))
-            here[path] = what
+            entries[path] = what
     return lines
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_any_layers(data: st.DataObject) -> None:
+def test_random_layers_show_the_same_files_when_merged(data: st.DataObject) -> None:
     layers: list[IO[bytes]] = []
     for number in range(data.draw(st.integers(2, 6))):
         layers.append(tar_of(data.draw(_changes(unpacked(layers), number))))
@@ -245,19 +245,19 @@ def test_any_layers(data: st.DataObject) -> None:
     assert unpacked([*base, merged(upper, base)]) == unpacked(layers)
 
 
-def test_a_broken_tar_is_told() -> None:
+def test_a_corrupt_tar_is_refused() -> None:
     raw = tar_bytes([("a", "1"), ("b", "2" * 600)])
-    for broken, told in (
+    for broken, message in (
         (b"no tar" * 200, "not a layer tar"),
         (raw[:700], "corrupt layer at byte"),
         (raw[:1024] + b"x" * 512 + raw[1536:], "corrupt layer at byte 1024"),
         (tar_bytes([("../out", "1")]), "outside the image root"),
     ):
-        with pytest.raises(BrokenTarError, match=told):
+        with pytest.raises(BrokenTarError, match=message):
             read_layer(io.BytesIO(broken))
 
 
-def test_a_link_to_nowhere_is_told() -> None:
+def test_a_link_without_its_target_is_refused() -> None:
     with pytest.raises(BrokenTarError, match="points to 'nowhere'"):
         merged([tar_of([("a", "=nowhere")]), tar_of([("b", "1")])])
 

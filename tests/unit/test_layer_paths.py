@@ -1,4 +1,4 @@
-"""No path is taken for a writable layer that is not one (LESSONS 5)."""
+"""A path that is not a writable layer is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpudock_server.adapters.layers.overlay2 import LayerRefusedError, find_laye
 from tests.engine.sample_trees import create_layer_folders
 
 
-def test_a_planted_layer_is_found(tmp_path: Path) -> None:
+def test_a_layer_is_found(tmp_path: Path) -> None:
     (diff,) = create_layer_folders(tmp_path, 1)
     layer = find_layer(str(tmp_path), str(diff))
     assert (layer.path, layer.inode, layer.device) == (str(diff), diff.stat().st_ino, diff.stat().st_dev)
@@ -67,7 +67,7 @@ ID = f"{1:064x}"
         "{root}/overlay2/{unknown}/diff",
     ],
 )
-def test_a_path_that_is_no_layer_is_refused(tmp_path: Path, path: str) -> None:
+def test_a_path_that_is_not_a_layer_is_refused(tmp_path: Path, path: str) -> None:
     create_layer_folders(tmp_path, 1, 0xABC)
     names = {"root": tmp_path, "id": ID, "upper": f"{0xABC:064X}", "short": ID[1:], "unknown": f"{9:064x}"}
     with pytest.raises(LayerRefusedError):
@@ -75,33 +75,33 @@ def test_a_path_that_is_no_layer_is_refused(tmp_path: Path, path: str) -> None:
 
 
 @pytest.mark.parametrize("root", ["", "/", "//", "relative", "/tmp/..", "/nowhere-at-all"])
-def test_a_data_folder_that_is_none_is_refused(tmp_path: Path, root: str) -> None:
+def test_an_invalid_data_folder_is_refused(tmp_path: Path, root: str) -> None:
     (diff,) = create_layer_folders(tmp_path, 1)
     with pytest.raises(LayerRefusedError):
         find_layer(root, str(diff))
 
 
-def _elsewhere(diff: Path) -> Path:
-    place = diff.parents[2] / "elsewhere"
-    place.mkdir()
-    return place
+def _other_folder(diff: Path) -> Path:
+    folder = diff.parents[2] / "other"
+    folder.mkdir()
+    return folder
 
 
 def _link_for_diff(diff: Path) -> None:
     diff.rmdir()
-    diff.symlink_to(_elsewhere(diff))
+    diff.symlink_to(_other_folder(diff))
 
 
 def _link_for_folder(diff: Path) -> None:
-    place = _elsewhere(diff) / "folder"
-    diff.parent.rename(place)
-    diff.parent.symlink_to(place)
+    target = _other_folder(diff) / "folder"
+    diff.parent.rename(target)
+    diff.parent.symlink_to(target)
 
 
 def _link_for_overlay2(diff: Path) -> None:
-    place = _elsewhere(diff) / "overlay2"
-    diff.parents[1].rename(place)
-    diff.parents[1].symlink_to(place)
+    target = _other_folder(diff) / "overlay2"
+    diff.parents[1].rename(target)
+    diff.parents[1].symlink_to(target)
 
 
 def _file_for_diff(diff: Path) -> None:
@@ -151,7 +151,7 @@ def _no_init_layer(diff: Path) -> None:
 
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize(
-    "spoil",
+    "change",
     [
         _link_for_diff,
         _link_for_folder,
@@ -168,8 +168,8 @@ def _no_init_layer(diff: Path) -> None:
         _no_init_layer,
     ],
 )
-def test_a_layer_whose_surroundings_say_otherwise_is_refused(tmp_path: Path, spoil: Callable[[Path], None]) -> None:
+def test_a_layer_with_inconsistent_metadata_is_refused(tmp_path: Path, change: Callable[[Path], None]) -> None:
     diff, _ = create_layer_folders(tmp_path, 1, 2)
-    spoil(diff)
+    change(diff)
     with pytest.raises(LayerRefusedError):
         find_layer(str(tmp_path), str(diff))

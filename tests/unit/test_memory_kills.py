@@ -1,4 +1,4 @@
-"""killed_by_oom: whether events show that the main process was killed for lack of memory."""
+"""killed_by_oom: whether events of the engine show that the main process was killed for lack of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SECOND = 1_000_000_000
 
 
 def event(action: str, seconds: float, **attributes: str) -> dict[str, Any]:
-    """An event of the engine."""
+    """Return an event of the engine."""
     return {"Action": action, "timeNano": round(seconds * SECOND), "Actor": {"Attributes": attributes}}
 
 
@@ -35,10 +35,10 @@ OOM = event("oom", 9.95)
         ([], None),
     ],
 )
-def test_only_an_end_that_follows_at_once_counts(events: list[dict[str, Any]], killed: bool | None) -> None:  # noqa: FBT001 - pytest gives it by name
+def test_only_an_exit_right_after_an_oom_event_counts(events: list[dict[str, Any]], killed: bool | None) -> None:  # noqa: FBT001 - a parameter of the test
     assert killed_by_oom(events, 10 * SECOND, SECOND) is killed
 
 
-def test_a_large_process_takes_longer_to_end() -> None:
+def test_the_time_between_event_and_exit_can_be_longer() -> None:
     events = [START, event("oom", 7), DIE]
     assert killed_by_oom(events, 10 * SECOND, 5 * SECOND) is True

@@ -1,4 +1,4 @@
-"""A tree and its mirror are equal after the last pass, whatever was done to the tree between any two of them."""
+"""A tree and its mirror are equal after the last pass, whatever changed in the tree between passes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tests.engine.sample_trees import TreeEntry, read_tree, tree_differences
 from tests.engine.tree_edits import EDITS, EditedTree
 from tests.rig.patience import limit
 
-# As long as the kernel's longest tick, so that what was not touched for that long is trusted.
+# The longest tick of the kernel clock; files that are older than that are trusted to be unchanged.
 TICK_NS = 10_000_000
-# The names of snapshots of one inode are not in one tree, so nlink is not compared.
-BUT = frozenset({"nlink"})
+# Hard links to one inode are spread over the trees of several snapshots, so nlink is not compared.
+IGNORED_FIELDS = frozenset({"nlink"})
 
 edits = st.lists(
     st.tuples(st.integers(0, len(EDITS) - 1), st.integers(0, 1 << 16), st.integers(0, 1 << 16)), max_size=25
@@ -36,7 +36,7 @@ edits = st.lists(
 
 
 class Generation:
-    """A mirror of a tree, pass by pass, with an earlier one to share files with."""
+    """A mirror of a tree, which shares files with the mirror `before`."""
 
     def __init__(self, source: Path, folder: Path, before: Generation | None) -> None:
         self.source, self.folder, self.before = source, folder, before
@@ -46,7 +46,7 @@ class Generation:
         self.moved = 0
 
     def run(self, *, live: bool, quiet: bool = False, clones: bool = False, interrupt: Interrupt | None = None) -> None:
-        """One pass."""
+        """Run one pass."""
         interrupt = interrupt or Interrupt()
         with ExitStack() as stack:
             source, target, state = (
@@ -68,36 +68,39 @@ class Generation:
             assert load_index(state, same_boot=True) == self.index
 
     def check(self) -> None:
-        """It is equal to its source."""
-        assert tree_differences(read_tree(str(self.source)), read_tree(str(self.tree)), ignored_fields=BUT) == ""
+        """Fail unless the mirror equals its source."""
+        assert (
+            tree_differences(read_tree(str(self.source)), read_tree(str(self.tree)), ignored_fields=IGNORED_FIELDS)
+            == ""
+        )
         assert differences(str(self.source), str(self.tree), Interrupt()) == []
 
 
 def let_the_clock_tick(folder: Path) -> None:
-    """Return when whatever is changed next has a ctime of another tick, and what was changed is a tick old."""
+    """Wait until changes have a later ctime than all previous changes, which are then a tick old."""
     probe = folder / "probe"
     probe.touch()
-    begun = probe.stat().st_ctime_ns
+    start_ns = probe.stat().st_ctime_ns
     deadline = time.monotonic() + limit(10)
-    while probe.stat().st_ctime_ns <= begun + 2 * TICK_NS:
+    while probe.stat().st_ctime_ns <= start_ns + 2 * TICK_NS:
         assert time.monotonic() < deadline
         probe.touch()
 
 
 @contextmanager
-def workplace() -> Iterator[Path]:
-    """A folder on a disk, which a test's own may not be."""
+def disk_folder() -> Iterator[Path]:
+    """A folder on a disk; tmp_path can be in memory."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         yield Path(folder)
 
 
-# A whiteout and a folder change places; whiteouts that are links of one inode.
+# A whiteout and a folder swap their names; whiteouts that are hard links of one inode.
 @example(batches=[[], [], [], [(0, 0, 0), (0, 0, 1), (16, 2, 0), (17, 0, 0)], [(10, 0, 2)]])
 @example(batches=[[], [(16, 1, 0)], [(8, 0, 0), (12, 0, 0)], []])
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(batches=st.lists(edits, min_size=4, max_size=8))
 def test_random_edits_between_passes_and_snapshots(batches: list[list[tuple[int, int, int]]]) -> None:
-    with workplace() as folder:
+    with disk_folder() as folder:
         source = folder / "source"
         source.mkdir()
         edited = EditedTree(str(source))
@@ -117,9 +120,9 @@ def test_random_edits_between_passes_and_snapshots(batches: list[list[tuple[int,
                     before.run(live=False)
                     before.check()
                     sealed.append((before, read_tree(str(before.tree))))
-            for generation, seen in sealed:
-                assert tree_differences(seen, read_tree(str(generation.tree)), ignored_fields=BUT) == "", (
-                    "a sealed one never changes"
+            for generation, tree in sealed:
+                assert tree_differences(tree, read_tree(str(generation.tree)), ignored_fields=IGNORED_FIELDS) == "", (
+                    "a sealed mirror changed"
                 )
         finally:
             edited.close()
@@ -127,12 +130,12 @@ def test_random_edits_between_passes_and_snapshots(batches: list[list[tuple[int,
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    with workplace() as made:
-        (made / "source").mkdir()
-        yield made
+    with disk_folder() as path:
+        (path / "source").mkdir()
+        yield path
 
 
-def _grown(folder: Path) -> Path:
+def _source_with_files(folder: Path) -> Path:
     source = folder / "source"
     for name in ("one", "two"):
         (source / name).mkdir()
@@ -142,8 +145,8 @@ def _grown(folder: Path) -> Path:
     return source
 
 
-def test_what_did_not_change_is_not_touched(folder: Path) -> None:
-    source = _grown(folder)
+def test_unchanged_files_are_not_copied_again(folder: Path) -> None:
+    source = _source_with_files(folder)
     let_the_clock_tick(folder)
     mirror = Generation(source, folder / "first", None)
     mirror.run(live=True)
@@ -156,8 +159,8 @@ def test_what_did_not_change_is_not_touched(folder: Path) -> None:
     mirror.check()
 
 
-def test_the_file_that_shows_that_extents_cannot_be_shared_is_copied_once(folder: Path) -> None:
-    """Whether they can is known when it was tried, with the first file; that one was copied again by every pass."""
+def test_the_first_file_is_copied_once_if_extents_cannot_be_shared(folder: Path) -> None:
+    """Only a copy of a file shows whether extents can be shared; that file must not be copied in every pass."""
     (folder / "source/file").write_text("content")
     let_the_clock_tick(folder)
     mirrored = Generation(folder / "source", folder / "1", None)
@@ -168,12 +171,12 @@ def test_the_file_that_shows_that_extents_cannot_be_shared_is_copied_once(folder
     mirrored.check()
 
 
-def test_the_next_snapshot_links_what_did_not_change_and_compares_what_was_copied_elsewhere(folder: Path) -> None:
-    source = _grown(folder)
+def test_the_next_snapshot_links_unchanged_files_also_after_a_copy_of_the_tree(folder: Path) -> None:
+    source = _source_with_files(folder)
     let_the_clock_tick(folder)
     first = Generation(source, folder / "first", None)
     first.run(live=False, quiet=True)
-    shutil.copytree(source, folder / "elsewhere", symlinks=True)  # as a carry by copy leaves it: other inodes
+    shutil.copytree(source, folder / "elsewhere", symlinks=True)  # other inodes, as after a transfer by copy
     (source / "one").rename(source / "renamed")
     (source / "two/f1").write_text("other")
     second = Generation(source, folder / "second", first)
@@ -193,8 +196,8 @@ def _inode(generation: Generation, path: str) -> int:
     return (generation.tree / path).stat().st_ino
 
 
-def test_a_rewrite_that_puts_the_time_back_is_seen(folder: Path) -> None:
-    source = _grown(folder)
+def test_a_changed_file_with_its_old_mtime_is_copied(folder: Path) -> None:
+    source = _source_with_files(folder)
     let_the_clock_tick(folder)
     first = Generation(source, folder / "first", None)
     first.run(live=False, quiet=True)
@@ -208,7 +211,7 @@ def test_a_rewrite_that_puts_the_time_back_is_seen(folder: Path) -> None:
     assert (first.tree / "one/f7").read_text() == "one 7"
 
 
-def test_deeper_than_a_path_can_be(folder: Path) -> None:
+def test_a_tree_deeper_than_the_longest_path_is_mirrored(folder: Path) -> None:
     deep = os.open(folder / "source", os.O_RDONLY)
     for _ in range(1500):
         os.mkdir("folder", dir_fd=deep)
@@ -228,30 +231,30 @@ def test_deeper_than_a_path_can_be(folder: Path) -> None:
         assert list(each.iterdir()) == []
 
 
-def test_what_is_mounted_below_is_another_matter_and_links_are_not_followed(folder: Path) -> None:
-    source = _grown(folder)
+def test_symbolic_links_are_not_followed(folder: Path) -> None:
+    source = _source_with_files(folder)
     (folder / "outside").mkdir()
     (folder / "outside/secret").write_text("secret")
-    (source / "way-out").symlink_to(folder / "outside")
+    (source / "link-out").symlink_to(folder / "outside")
     mirror = Generation(source, folder / "first", None)
     mirror.run(live=False)
     mirror.check()
-    assert (mirror.tree / "way-out").is_symlink()
+    assert (mirror.tree / "link-out").is_symlink()
 
 
-def test_a_pass_that_is_interrupted_ends_early(folder: Path) -> None:
-    mirror = Generation(_grown(folder), folder / "first", None)
+def test_an_interrupted_pass_ends_early(folder: Path) -> None:
+    mirror = Generation(_source_with_files(folder), folder / "first", None)
     interrupt = Interrupt()
     interrupt.set()
     with pytest.raises(Interrupted):
         mirror.run(live=True, interrupt=interrupt)
 
 
-def test_a_torn_index_is_no_index(folder: Path) -> None:
-    mirror = Generation(_grown(folder), folder / "first", None)
+def test_a_damaged_index_is_not_loaded(folder: Path) -> None:
+    mirror = Generation(_source_with_files(folder), folder / "first", None)
     mirror.run(live=False)
     whole = (mirror.folder / "index").read_bytes()
     with open_directory(mirror.folder) as state:
-        for torn in (whole[:-1], whole[:100], b"", whole[:-1] + bytes([whole[-1] ^ 1]), b"{}\n"):
-            (mirror.folder / "index").write_bytes(torn)
+        for damaged in (whole[:-1], whole[:100], b"", whole[:-1] + bytes([whole[-1] ^ 1]), b"{}\n"):
+            (mirror.folder / "index").write_bytes(damaged)
             assert load_index(state, same_boot=True) is None

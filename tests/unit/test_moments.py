@@ -1,4 +1,4 @@
-"""What tests that kill daemons demand of the moments that they were given: it follows from the stages of a saga."""
+"""The moments at which tests kill daemons: which ones are required follows from the stages of a saga."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ moment 9 [end]: after record of SUCCEEDED after retire
 def test_a_log_shows_the_stages_and_the_moments() -> None:
     log = MomentLog(f"{_FORWARD}dying at moment during 1 [create]: in Engine.create\nchildren: 7:cp 8:etcd\n")
     assert log.stages == _STAGES
-    assert [one.number for one in log.between] == [str(number) for number in range(1, 10)]
+    assert [moment.number for moment in log.between] == [str(number) for number in range(1, 10)]
     assert log.during == [Moment("during 1", "create", "in Engine.create")] == [log.died_at]
-    assert log.children == {7: "cp"}, "etcd ends in its own time"
+    assert log.children == {7: "cp"}, "etcd is not a child that must exit"
     assert MomentLog("").died_at is None
 
 
-def test_nothing_is_missing_where_each_stage_has_its_record_and_its_change() -> None:
+def test_a_log_with_a_record_and_a_change_for_each_stage_misses_nothing() -> None:
     log = MomentLog(_FORWARD)
     assert missing_moments(log.stages, log.between) == []
-    # The begin, a record of each of the four stages, the end and what is after it; and two changes.
+    # The begin, a record of each of the four stages, the end, the moment after it, and two changes.
     assert minimum_moments(log.stages) == len(log.between) == 9
 
 
 @pytest.mark.parametrize("number", range(1, 10))
-def test_a_moment_that_does_not_come_is_missing(number: int) -> None:
+def test_a_moment_that_is_absent_is_missing(number: int) -> None:
     log = MomentLog(_FORWARD)
-    left = [one for one in log.between if one.number != str(number)]
+    left = [moment for moment in log.between if moment.number != str(number)]
     assert len(missing_moments(log.stages, left)) == 1
-    # An instrument that is gone counts less than the stages demand.
+    # Fewer moments than the stages require show that a call is no longer instrumented.
     assert len(left) < minimum_moments(log.stages)
 
 
-def test_without_a_stage_after_the_commit_its_record_is_the_last() -> None:
+def test_the_record_of_the_commit_is_the_last_without_a_stage_after_it() -> None:
     names = ["before record of RUNNING after nothing", "before Engine.pause", "before record of RUNNING after pause",
              "before record of SUCCEEDED after commit", "after record of SUCCEEDED after commit"]  # fmt: skip
     moments = [Moment(str(number), "pause", name) for number, name in enumerate(names, 1)]
@@ -86,15 +86,15 @@ def test_an_undo_has_a_record_of_each_step() -> None:
 
 
 @pytest.mark.parametrize("call", ["Engine.create", "LayerStore.exchange", *sorted(BY_CHILDREN)])
-def test_a_call_that_takes_its_time_has_a_moment_in_its_midst(call: str) -> None:
+def test_a_long_call_requires_a_moment_during_the_call(call: str) -> None:
     before, after = Moment("1", "", f"before {call}"), Moment("2", "", "before record of RUNNING after it")
-    within = Moment("during 1", "", "while it works")
+    within = Moment("during 1", "", "during the call")
     assert calls_without_moment([before, within, after]) == []
     assert calls_without_moment([before, after, within]) == [f"a moment in the midst of {call}"]
     assert calls_without_moment([before]) == [f"a moment in the midst of {call}"]
 
 
-def test_other_calls_need_none() -> None:
+def test_short_calls_require_no_moment_during_the_call() -> None:
     assert (
         calls_without_moment(
             [Moment("1", "", "before RevisionBackupStore.write"), Moment("2", "", "before record of it")]
@@ -103,7 +103,7 @@ def test_other_calls_need_none() -> None:
     )
 
 
-def test_calls_that_work_by_children_are_calls() -> None:
+def test_calls_with_child_processes_are_instrumented_calls() -> None:
     assert {f"{port.__name__}.{call}" for port, (changing, _) in CALLS.items() for call in changing} >= BY_CHILDREN
 
 
@@ -117,31 +117,31 @@ def test_calls_that_work_by_children_are_calls() -> None:
         (["unshare", "--mount", "--", "/bin/sh"], "unshare"),
     ],
 )
-def test_a_program_is_named_and_not_what_guards_it(command: list[str], name: str) -> None:
-    guarded = with_parent_death_signal(command)
-    assert guarded[0] == "setpriv"
-    assert program(guarded) == program(command) == name
+def test_a_program_is_named_without_its_wrapper(command: list[str], name: str) -> None:
+    wrapped = with_parent_death_signal(command)
+    assert wrapped[0] == "setpriv"
+    assert program(wrapped) == program(command) == name
 
 
-def test_a_child_process_is_listed_until_it_is_waited_for_and_missed_until_it_ends() -> None:
+def test_a_child_process_is_listed_until_it_is_reaped_and_required_to_exit() -> None:
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(600)"],
                                stdout=subprocess.PIPE)  # fmt: skip
     try:
         assert sleeper.stdout is not None
         assert sleeper.stdout.readline() == b"1\n"
-        named = dict(one.split(":") for one in children())
-        assert named[str(sleeper.pid)].startswith("python")
+        listed = dict(child.split(":") for child in children())
+        assert listed[str(sleeper.pid)].startswith("python")
         with pytest.raises(AssertionError, match=f"children outlive their daemon: .*{sleeper.pid} sleeper"):
             asyncio.run(require_children_exit({os.getpid(): "this", sleeper.pid: "sleeper"}, seconds=0.1))
     finally:
         sleeper.kill()
-    # A process that nobody has waited for has ended as well.
+    # A zombie has exited as well.
     asyncio.run(require_children_exit({sleeper.pid: "sleeper"}))
     sleeper.communicate()
-    assert str(sleeper.pid) not in dict(one.split(":") for one in children())
+    assert str(sleeper.pid) not in dict(child.split(":") for child in children())
 
 
-async def test_what_takes_too_long_fails_with_a_message() -> None:
-    with pytest.raises(AssertionError, match=r"it did not end within 0.01 s: the log"):
-        async with in_time("it did not end", 0.01 / limit(1), lambda: "the log"):
+async def test_a_time_limit_fails_with_a_message() -> None:
+    with pytest.raises(AssertionError, match=r"the test did not end within 0.01 s: the log"):
+        async with in_time("the test did not end", 0.01 / limit(1), lambda: "the log"):
             await asyncio.Event().wait()

@@ -1,4 +1,4 @@
-"""Work in the engine's mount namespace: what becomes of it when the engine or the path does not answer."""
+"""Work in the mount namespace of the engine, when the engine or the path does not respond."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpudock_server.adapters.host_paths import HostPathBinder, MountNamespace
 from gpudock_server.errors import EngineUnavailable, HostPathFailed
 
 
-async def test_an_engine_that_is_away_is_told_from_a_path_that_is_wrong(tmp_path: Path) -> None:
+async def test_an_unavailable_engine_is_not_reported_as_a_wrong_path(tmp_path: Path) -> None:
     binder = HostPathBinder(tmp_path / "state", [str(tmp_path)], MountNamespace(str(tmp_path / "docker.sock")))
     with pytest.raises(EngineUnavailable):
         await binder.check([str(tmp_path)])
@@ -26,11 +26,13 @@ async def test_an_engine_on_another_host_mounts_no_host_paths(tmp_path: Path) ->
     await binder.release("gpudock-none")
 
 
-async def test_a_path_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as one on a network filesystem whose server is away."""
+async def test_a_check_of_a_path_that_does_not_respond_times_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a path on a network filesystem without its server."""
     answer = threading.Event()
     binder = HostPathBinder(tmp_path / "state", [str(tmp_path)], MountNamespace(seconds=0.05))
-    # As open(2) does.
+    # As open(2) would block.
     monkeypatch.setattr(binder, "_check", lambda _: answer.wait())
     try:
         with pytest.raises(HostPathFailed, match="not finished after"):
@@ -39,19 +41,19 @@ async def test_a_path_that_never_answers_is_given_up(tmp_path: Path, monkeypatch
         answer.set()
 
 
-async def test_a_caller_that_is_cancelled_waits_for_what_is_under_way() -> None:
-    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+async def test_a_cancelled_caller_waits_for_the_running_work() -> None:
+    started, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:
-        begun.set()
-        go_on.wait()
+        started.set()
+        may_end.wait()
         ended.set()
 
     running = asyncio.create_task(MountNamespace().run(work))
-    await asyncio.to_thread(begun.wait)
+    await asyncio.to_thread(started.wait)
     running.cancel()
     await asyncio.sleep(0)
-    go_on.set()
+    may_end.set()
     with contextlib.suppress(asyncio.CancelledError):
         await running
     assert running.cancelled()

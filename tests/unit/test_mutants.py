@@ -1,4 +1,4 @@
-"""What `make mutants` makes of decorated functions, of verdicts and of explanations."""
+"""`make mutants`: decorated functions, results and explanations."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_decorated_functions_behave_as_before_and_can_be_mutated() -> None:
     assert "override" not in code
     assert "@property" not in code
     names: dict[str, Any] = {"cache": lambda function: function}
-    exec(code, names)  # noqa: S102 - our own code
-    made = names["A"]()
-    assert (made.size, made.none(), made.kept()) == (1, 3, 4)
+    exec(code, names)  # noqa: S102 - code of this test
+    instance = names["A"]()
+    assert (instance.size, instance.none(), instance.kept()) == (1, 3, 4)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A room of which one mutant was caught and one survived."""
+    """A folder in which one mutant was caught and one survived."""
     (tmp_path / "mutants").mkdir()
     (tmp_path / "mutants" / "m.py").write_text(MUTATED)
     codes = {"m.x_f__mutmut_1": 1, "m.x_f__mutmut_2": 0}
@@ -82,7 +82,7 @@ def explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: str) -> None
     monkeypatch.setattr(report, "_EXPLAINED", file)
 
 
-def test_survivors_are_shown_and_count(folder: Path) -> None:
+def test_surviving_mutants_are_shown_and_counted(folder: Path) -> None:
     mutants = read_mutants(folder)
     assert [mutant.verdict for mutant in mutants] == [Verdict.CAUGHT, Verdict.SURVIVED]
     text, problems = write_report("r", mutants, mutants, 85)
@@ -92,7 +92,7 @@ def test_survivors_are_shown_and_count(folder: Path) -> None:
     assert problems == ["r: 50.0 % caught; at least 85 % of the mutants must be caught"]
 
 
-def test_a_room_of_which_nothing_was_tried_says_so(folder: Path) -> None:
+def test_a_report_without_tried_mutants_is_a_problem(folder: Path) -> None:
     forget(folder, {"m.x_f__mutmut_1", "m.x_f__mutmut_2"})
     mutants = read_mutants(folder)
     text, problems = write_report("r", mutants, mutants, 85)
@@ -101,12 +101,12 @@ def test_a_room_of_which_nothing_was_tried_says_so(folder: Path) -> None:
     assert not write_report("r", mutants, mutants, 0)[1]
 
 
-def test_what_is_forgotten_has_no_verdict(folder: Path) -> None:
+def test_a_forgotten_mutant_has_no_result(folder: Path) -> None:
     forget(folder, {"m.x_f__mutmut_2"})
     assert [mutant.verdict for mutant in read_mutants(folder)] == [Verdict.CAUGHT, Verdict.OPEN]
 
 
-def test_an_explained_survivor_is_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_explained_survivor_is_not_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     explain(folder, monkeypatch, "return a + 2")
     mutants = read_mutants(folder)
     text, problems = write_report("r", mutants, mutants, 85)
@@ -122,8 +122,8 @@ def test_an_explanation_without_a_mutant_is_a_problem(folder: Path, monkeypatch:
     assert "does not exist" in problems[0]
 
 
-# A mutant of `countdown` counts upwards. The test leaves a process in a session of its own with each mutant, and says
-# which.
+# A mutant of `countdown` counts upwards. For each mutant, the test starts a process in its own session and records its
+# id.
 PROJECT = {
     "pyproject.toml": """
 [tool.mutmut]
@@ -173,7 +173,7 @@ except Interrupted:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A room whose mutants are generated, of which one that is caught and one that hangs are to be tried."""
+    """A project with generated mutants, of which one that is caught and one that hangs are to be tried."""
     for name, content in PROJECT.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
@@ -193,14 +193,14 @@ def run(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def still_running(folder: Path) -> list[str]:
-    """The process ids of what the tests of mutants have started and left, and what still runs."""
+    """Return the ids of processes that the tests of mutants started and that still run."""
     left = (folder / "left").read_text().split()
     assert left
     names = {pid: Path(f"/proc/{pid}/comm") for pid in left}
     return [pid for pid, name in names.items() if name.exists() and name.read_text().strip() == "sleep"]
 
 
-def test_a_mutant_that_hangs_is_killed_with_what_it_has_started_and_is_caught(project: Path) -> None:
+def test_a_mutant_that_hangs_is_killed_with_its_processes_and_counts_as_timed_out(project: Path) -> None:
     with run(project, "run", "todo.txt") as running:
         assert running.wait() == 0, (project / "mutmut.log").read_text()
     verdicts = {mutant.added: mutant.verdict for mutant in read_mutants(project)}
@@ -210,14 +210,14 @@ def test_a_mutant_that_hangs_is_killed_with_what_it_has_started_and_is_caught(pr
 
 
 def any_caught(folder: Path) -> bool:
-    """Whether a mutant is recorded as caught; not while the record is being written."""
+    """Return whether a mutant is recorded as caught; False while the record is being written."""
     try:
         return Verdict.CAUGHT in {mutant.verdict for mutant in read_mutants(folder)}
     except json.JSONDecodeError:
         return False
 
 
-def test_a_run_that_is_interrupted_keeps_what_it_has_tried_and_leaves_nothing_running(project: Path) -> None:
+def test_an_interrupted_run_keeps_its_results_and_leaves_no_process(project: Path) -> None:
     with run(project, "run", "todo.txt") as interrupted:
         deadline = time.monotonic() + limit(200)
         while not any_caught(project):

@@ -1,4 +1,4 @@
-"""The README: its commands are the Makefile's, its links lead somewhere, and README.zh-CN.md is in step with it."""
+"""Documents: their make targets and links exist, and README.zh-CN.md matches README.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TARGETS = set(re.findall(r"^([a-z-]+):", (_REPOSITORY / "Makefile").read_text(e
 
 @dataclass(frozen=True)
 class Page:
-    """What a page of Markdown has besides its words."""
+    """The headings, code and links of a page of Markdown."""
 
     headings: list[int]
     blocks: list[tuple[str, list[str]]]
@@ -30,7 +30,7 @@ class Page:
 
     @classmethod
     def read(cls, name: str) -> Page:
-        """Reads a page of the repository."""
+        """Read a page of the repository."""
         text = (_REPOSITORY / name).read_text(encoding="utf-8")
         fence = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
         prose = fence.sub("", text)
@@ -43,7 +43,7 @@ class Page:
 
     @property
     def commands(self) -> list[list[str]]:
-        """The blocks of code, without comments; of a drawing only how many lines it has."""
+        """The blocks of code without comments; of a drawing only its number of lines."""
         return [
             [str(len(lines))] if kind == "text" else [re.sub(r"\s+# .*", "", line) for line in lines]
             for kind, lines in self.blocks
@@ -51,13 +51,13 @@ class Page:
 
     @property
     def make_targets(self) -> set[str]:
-        """What it has `make` do."""
+        """The targets of `make` in its code."""
         code = [*self.spans, *(line for kind, lines in self.blocks if kind == "sh" for line in lines)]
         return {found[1] for line in code if (found := re.match(r" *(?:\w+=\S+ +)*make +([a-z-]+)", line))}
 
 
 @pytest.mark.parametrize("name", _PAGES)
-def test_what_make_is_told_is_a_target(name: str) -> None:
+def test_make_targets_exist(name: str) -> None:
     assert Page.read(name).make_targets - _TARGETS == set()
 
 
@@ -73,12 +73,12 @@ def test_links_lead_to_files(name: str) -> None:
     assert [path for path in paths if path and not (folder / path).exists()] == []
 
 
-def test_the_chinese_readme_is_in_step() -> None:
+def test_the_chinese_readme_matches_the_english_one() -> None:
     english, chinese = Page.read("README.md"), Page.read("README.zh-CN.md")
     assert chinese.headings == english.headings
     assert [kind for kind, _ in chinese.blocks] == [kind for kind, _ in english.blocks]
     assert chinese.commands == english.commands
     assert chinese.spans == english.spans
-    # Each is the other's first link; after it they lead to the same places.
+    # The first link of each leads to the other; all others are the same.
     assert (english.links[0], chinese.links[0]) == ("README.zh-CN.md", "README.md")
     assert Counter(chinese.links[1:]) == Counter(english.links[1:])

@@ -1,4 +1,4 @@
-"""The run's own report: a problem that no test has fails the run, with and without workers."""
+"""The report of a run: a problem outside of tests fails the run, with and without workers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_a_problem_fails_a_run_whose_tests_all_pass(tmp_path: Path, workers: tup
 
 @pytest.mark.deep
 @_WORKERS
-def test_a_run_without_problems_passes_and_shows_how_calls_ended(tmp_path: Path, workers: tuple[str, ...]) -> None:
+def test_a_run_without_problems_passes_and_shows_the_outcomes_of_calls(
+    tmp_path: Path, workers: tuple[str, ...]
+) -> None:
     ended = _run(
         tmp_path,
         "import pytest\n"
@@ -64,7 +66,7 @@ def test_a_run_without_problems_passes_and_shows_how_calls_ended(tmp_path: Path,
 @pytest.mark.parametrize(
     ("counts", "code"), [("{'kill': part, 'drop': 1 - part}", 0), ("{'kill': part, 'drop': 0}", 1)]
 )
-def test_what_is_required_must_occur_in_some_part(
+def test_a_required_event_must_occur_in_one_of_the_parts(
     tmp_path: Path, workers: tuple[str, ...], counts: str, code: int
 ) -> None:
     ended = _run(
@@ -107,21 +109,21 @@ def test_the_moments_at_which_daemons_were_killed_are_counted_and_listed(
     assert listed == ["           one", "    tried  two"]
 
 
-def test_what_was_not_met_of_the_contract_is_named() -> None:
-    met = Coverage(set(RPCS), set(REASONS - NOT_PROVOKED.keys()), set(KINDS))
-    assert met.missing() == []
-    met.rpcs.remove("NodeService/ListPorts")
-    met.reasons.remove("GPU_EXHAUSTED")
-    met.kinds.remove("ROLLBACK")
-    assert [sentence.split()[-1] for sentence in met.missing()] == ["daemon", "GPU_EXHAUSTED", "ROLLBACK"]
+def test_missing_coverage_of_the_contract_is_named() -> None:
+    coverage = Coverage(set(RPCS), set(REASONS - NOT_PROVOKED.keys()), set(KINDS))
+    assert coverage.missing() == []
+    coverage.rpcs.remove("NodeService/ListPorts")
+    coverage.reasons.remove("GPU_EXHAUSTED")
+    coverage.kinds.remove("ROLLBACK")
+    assert [sentence.split()[-1] for sentence in coverage.missing()] == ["daemon", "GPU_EXHAUSTED", "ROLLBACK"]
     other = Coverage()
     other.merge(Coverage({"NodeService/ListPorts"}, {"GPU_EXHAUSTED"}, {"ROLLBACK"}).to_lists())
-    met.merge(other.to_lists())
-    assert met.missing() == []
+    coverage.merge(other.to_lists())
+    assert coverage.missing() == []
 
 
-# The tests of a run that meets all of the contract but what it is told to leave out.
-_MEETS = """
+# The tests of a run that covers the whole contract except LEFT_OUT.
+_COVERING_TESTS = """
 import pytest
 from tests import contract
 from tests.contract import COVERAGE
@@ -142,11 +144,11 @@ def test_deep(): pass
 """
 
 
-def _everyday(
+def _run_covering_tests(
     folder: Path, *words: str, left_out: str = "", also: str = "", selected: str = "not deep"
 ) -> subprocess.CompletedProcess[str]:
-    """Run them as `make test` does: those of the folder that the configuration names."""
-    (folder / "test_it.py").write_text(f"LEFT_OUT, ALSO = {{{left_out!r}}}, set({also.split()}){_MEETS}")
+    """Run the covering tests as `make test` does, from the configured test path."""
+    (folder / "test_it.py").write_text(f"LEFT_OUT, ALSO = {{{left_out!r}}}, set({also.split()}){_COVERING_TESTS}")
     (folder / "pytest.ini").write_text("[pytest]\ntestpaths = test_it.py\nmarkers = deep: of make test-deep\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.run_report", "-p", "no:cacheprovider", "-m", selected]
     return subprocess.run(
@@ -158,8 +160,8 @@ def _everyday(
 
 @pytest.mark.deep
 @_WORKERS
-def test_an_everyday_run_that_meets_the_contract_passes(tmp_path: Path, workers: tuple[str, ...]) -> None:
-    ended = _everyday(tmp_path, *workers)
+def test_a_run_that_covers_the_contract_passes(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    ended = _run_covering_tests(tmp_path, *workers)
     assert ended.returncode == pytest.ExitCode.OK, ended.stdout + ended.stderr
     assert "kinds of operations were killed" in ended.stdout
     assert "problem of the run" not in ended.stdout
@@ -174,16 +176,16 @@ def test_an_everyday_run_that_meets_the_contract_passes(tmp_path: Path, workers:
         ("ROLLBACK", "no test has killed a daemon during an operation of kind ROLLBACK"),
     ],
 )
-def test_what_an_everyday_run_does_not_meet_fails_it(tmp_path: Path, left_out: str, problem: str) -> None:
-    ended = _everyday(tmp_path, "--numprocesses", "2", left_out=left_out)
+def test_a_run_that_misses_a_part_of_the_contract_fails(tmp_path: Path, left_out: str, problem: str) -> None:
+    ended = _run_covering_tests(tmp_path, "--numprocesses", "2", left_out=left_out)
     assert ended.returncode == pytest.ExitCode.TESTS_FAILED, ended.stdout + ended.stderr
     assert ended.stdout.count("problem of the run") == 1
     assert problem in ended.stdout
 
 
 @pytest.mark.deep
-def test_an_excuse_that_is_not_needed_fails_the_run(tmp_path: Path) -> None:
-    ended = _everyday(tmp_path, also="PERMISSION_DENIED")
+def test_an_unneeded_exemption_fails_the_run(tmp_path: Path) -> None:
+    ended = _run_covering_tests(tmp_path, also="PERMISSION_DENIED")
     assert ended.returncode == pytest.ExitCode.TESTS_FAILED
     assert "a test has received the reason PERMISSION_DENIED: remove it from NOT_PROVOKED" in ended.stdout
 
@@ -193,13 +195,13 @@ def test_an_excuse_that_is_not_needed_fails_the_run(tmp_path: Path) -> None:
     ("words", "selected"),
     [((), "deep"), ((), ""), (("-k", "half or kill or it"), "not deep"), (("test_it.py",), "not deep")],
 )
-def test_a_run_of_some_tests_need_not_meet_the_contract(tmp_path: Path, words: tuple[str, ...], selected: str) -> None:
-    ended = _everyday(tmp_path, *words, left_out="ROLLBACK", selected=selected)
+def test_a_run_of_some_tests_need_not_cover_the_contract(tmp_path: Path, words: tuple[str, ...], selected: str) -> None:
+    ended = _run_covering_tests(tmp_path, *words, left_out="ROLLBACK", selected=selected)
     assert ended.returncode == pytest.ExitCode.OK, ended.stdout + ended.stderr
     assert "of the contract" not in ended.stdout
 
 
-def test_the_makefile_has_each_test_run_by_one_of_two_commands() -> None:
+def test_make_test_and_make_test_deep_run_each_test_once() -> None:
     makefile = (_REPOSITORY / "Makefile").read_text(encoding="utf-8")
     recipes = {
         target: next(line for line in makefile.partition(f"\n{target}: ")[2].splitlines() if line.startswith("\t"))

@@ -28,7 +28,7 @@ def problems(**values: Any) -> str:
     return "\n".join(error["msg"] for error in raised.value.errors())
 
 
-def test_the_defaults_are_valid_and_closed() -> None:
+def test_the_defaults_are_valid_and_allow_no_remote_access() -> None:
     settings = make()
     assert settings.socket == Path("/run/gpudock/gpudock.sock")
     assert settings.socket_mode == 0o660
@@ -36,12 +36,12 @@ def test_the_defaults_are_valid_and_closed() -> None:
     assert settings.allowed_host_paths == ()
 
 
-def test_they_are_frozen_and_take_nothing_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_frozen_and_do_not_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUDOCK_MAX_EXECS", "7")
     settings = make()
     assert settings.max_execs == 512
     with pytest.raises(ValidationError):
-        settings.max_execs = 7  # type: ignore[misc] # which is the point
+        settings.max_execs = 7  # type: ignore[misc] # the model is frozen
 
 
 def test_every_setting_is_documented() -> None:
@@ -51,12 +51,12 @@ def test_every_setting_is_documented() -> None:
 @pytest.mark.parametrize(
     ("text", "seconds"), [("5", 5), (5, 5), (0.5, 0.5), ("500ms", 0.5), ("2m", 120), ("24h", 86400), ("1.5d", 129600)]
 )
-def test_times_have_units(text: object, seconds: float) -> None:
+def test_durations_have_units(text: object, seconds: float) -> None:
     assert make(operation_retention=86400, engine_timeout=text).engine_timeout == seconds
 
 
 @pytest.mark.parametrize("text", ["", "-1", "0", 0, -1, "5 minutes", "1e3", True, float("inf"), float("nan"), None])
-def test_times_that_are_none_are_refused(text: object) -> None:
+def test_invalid_durations_are_refused(text: object) -> None:
     assert problems(engine_timeout=text)
 
 
@@ -68,7 +68,7 @@ def test_sizes_have_units(text: object, size: int) -> None:
     assert make(max_memory=text).max_memory == size
 
 
-def test_the_quota_of_etcd_is_a_size_with_bounds() -> None:
+def test_the_quota_of_etcd_is_a_size_with_a_minimum() -> None:
     assert make(etcd_quota="64MiB").etcd_quota == 64 << 20
     assert "greater than or equal to 16777216" in str(problems(etcd_quota="15M"))
 
@@ -91,14 +91,14 @@ def test_bad_port_ranges_are_refused(text: object) -> None:
     assert "must be FIRST-LAST" in problems(port_range=text)
 
 
-def test_a_port_range_knows_what_is_in_it() -> None:
+def test_a_port_range_contains_its_ports() -> None:
     ports = make(port_range="20000-20002").port_range
     assert [port for port in range(19999, 20005) if port in ports] == [20000, 20001, 20002]
     assert (len(ports), ports.first, ports.last, ports) == (3, 20000, 20002, PortRange(20000, 20002))
 
 
 @pytest.mark.parametrize("mode", ["0666", "0777", "0440", "rw", 660, 0o666, "", True])
-def test_modes_that_let_others_in_or_nobody_are_refused(mode: object) -> None:
+def test_modes_other_than_0600_and_0660_are_refused(mode: object) -> None:
     assert 'must be "0600"' in problems(socket_mode=mode)
 
 
@@ -169,11 +169,11 @@ def test_modes_that_let_others_in_or_nobody_are_refused(mode: object) -> None:
         ({"prot_range": "1-2"}, "Extra inputs"),
     ],
 )
-def test_what_cannot_work_is_refused_and_says_why(values: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused_with_a_reason(values: dict[str, Any], message: str) -> None:
     assert message in problems(**values)
 
 
-def test_all_that_does_not_go_together_is_said_at_once() -> None:
+def test_all_conflicts_of_settings_are_reported_together() -> None:
     found = problems(listen="0.0.0.0:25000", socket="", port_range="80-29999", etcd_user="a")
     assert len(found.splitlines()) == 6
 
@@ -199,7 +199,7 @@ def test_all_that_does_not_go_together_is_said_at_once() -> None:
         {"default_pids_limit": 0, "max_pids_limit": 0, "drop_net_raw": "false", "no_new_privileges": True},
     ],
 )
-def test_what_can_work_is_taken(values: dict[str, Any]) -> None:
+def test_valid_settings_are_accepted(values: dict[str, Any]) -> None:
     make(**values)
 
 
@@ -210,13 +210,15 @@ def test_any_hostname_makes_a_valid_node_name(hostname: str) -> None:
         assert is_name(default_node_name())
 
 
-def test_the_host_id_does_not_give_the_machine_id_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_id_is_derived_from_the_machine_id_and_does_not_reveal_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine_id = tmp_path / "machine-id"
     machine_id.write_text("8e2f0a2d3c4b4f6a9d1e7c5b3a190f8e\n")
-    made = default_host_id(machine_id)
-    assert made == default_host_id(machine_id)
-    assert made != machine_id.read_text().strip()
-    assert uuid.UUID(made).version == 4
+    host_id = default_host_id(machine_id)
+    assert host_id == default_host_id(machine_id)
+    assert host_id != machine_id.read_text().strip()
+    assert uuid.UUID(host_id).version == 4
     monkeypatch.setattr("socket.gethostname", lambda: "gpu1")
     for text in ("uninitialized\n", "", "zz"):
         machine_id.write_text(text)
@@ -232,6 +234,6 @@ def test_addresses_are_split(address: str, expected: tuple[str, int]) -> None:
     assert split_address(address) == expected
 
 
-def test_loopback_is_what_no_other_host_can_reach() -> None:
+def test_only_addresses_that_no_other_host_can_reach_are_loopback() -> None:
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "localhost.example", "", "128.0.0.1")))  # noqa: S104 - not bound

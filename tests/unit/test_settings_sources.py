@@ -1,4 +1,4 @@
-"""Where settings come from, how mistakes in them are told, and how they are printed."""
+"""The sources of settings, how mistakes in them are reported, and how settings are printed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ EXAMPLE = Path(__file__).parents[2] / "deploy" / "gpudockd.toml"
 
 
 @pytest.fixture(autouse=True)
-def _nothing_of_this_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _ignore_settings_of_this_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sources, "DEFAULT_CONFIG", tmp_path / "default.toml")
     for name in ("CONFIG", *Settings.model_fields):
         monkeypatch.delenv(f"GPUDOCK_{name.upper()}", raising=False)
 
 
-def written(path: Path, text: str) -> str:
+def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
 
@@ -39,15 +39,20 @@ def mistakes(*arguments: str) -> tuple[str, ...]:
     return raised.value.lines
 
 
-def test_a_flag_counts_before_the_environment_and_that_before_the_file(
+def test_flags_override_the_environment_which_overrides_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = written(tmp_path / "c.toml", 'max_execs = 1\nengine_timeout = 1\nstore_timeout = "1m"\n')
+    config = write(tmp_path / "c.toml", 'max_execs = 1\nengine_timeout = 1\nstore_timeout = "1m"\n')
     monkeypatch.setenv("GPUDOCK_MAX_EXECS", "2")
     monkeypatch.setenv("GPUDOCK_ENGINE_TIMEOUT", "2")
     loaded = load(["--config", config, "--max-execs", "3"])
-    found = loaded.settings
-    assert (found.max_execs, found.engine_timeout, found.store_timeout, found.settle_period) == (3, 2, 60, 0.5)
+    settings = loaded.settings
+    assert (settings.max_execs, settings.engine_timeout, settings.store_timeout, settings.settle_period) == (
+        3,
+        2,
+        60,
+        0.5,
+    )
     assert loaded.origins == {
         "max_execs": "--max-execs",
         "engine_timeout": "GPUDOCK_ENGINE_TIMEOUT",
@@ -55,32 +60,32 @@ def test_a_flag_counts_before_the_environment_and_that_before_the_file(
     }
 
 
-def test_the_config_file_is_named_or_is_the_default_if_there_is_one(
+def test_the_config_file_is_given_by_flag_or_environment_or_is_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert load([]).settings.max_execs == 512
-    written(tmp_path / "default.toml", "max_execs = 1")
+    write(tmp_path / "default.toml", "max_execs = 1")
     assert load([]).settings.max_execs == 1
-    monkeypatch.setenv("GPUDOCK_CONFIG", written(tmp_path / "by-environment.toml", "max_execs = 2"))
+    monkeypatch.setenv("GPUDOCK_CONFIG", write(tmp_path / "by-environment.toml", "max_execs = 2"))
     assert load([]).settings.max_execs == 2
-    assert load(["--config", written(tmp_path / "by-flag.toml", "max_execs = 3")]).settings.max_execs == 3
+    assert load(["--config", write(tmp_path / "by-flag.toml", "max_execs = 3")]).settings.max_execs == 3
 
 
-def test_empty_takes_away_what_the_file_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_value_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = 'listen = ["127.0.0.1:50051"]\ntoken_file = "/t"\nallowed_host_paths = ["/data"]\n'
-    config = written(tmp_path / "c.toml", text)
+    config = write(tmp_path / "c.toml", text)
     monkeypatch.setenv("GPUDOCK_ALLOWED_HOST_PATHS", "")
-    found = load(["--config", config, "--socket", "", "--listen", "[::1]:1"]).settings
-    assert (found.socket, found.listen, found.allowed_host_paths) == (None, ("[::1]:1",), ())
+    settings = load(["--config", config, "--socket", "", "--listen", "[::1]:1"]).settings
+    assert (settings.socket, settings.listen, settings.allowed_host_paths) == (None, ("[::1]:1",), ())
 
 
-def test_lists_are_repeated_or_joined() -> None:
+def test_list_flags_can_be_repeated_or_joined_by_commas() -> None:
     arguments = ["--allowed-host-paths", "/a,/b", "--allowed-host-paths", "/c", "--layer-carry", "copy"]
     assert load(arguments).settings.allowed_host_paths == (Path("/a"), Path("/b"), Path("/c"))
 
 
-def test_every_mistake_is_one_line_and_says_where_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = written(tmp_path / "c.toml", 'state_dir = "var"\nprot_range = "1-2"\n[etcd]\nca = "/a"\n')
+def test_every_mistake_is_one_line_with_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path / "c.toml", 'state_dir = "var"\nprot_range = "1-2"\n[etcd]\nca = "/a"\n')
     monkeypatch.setenv("GPUDOCK_ENGINE_TIMEOUT", "soon")
     assert mistakes("--config", config, "--max-execs", "many", "--log-level", "loud") == (
         f"state_dir: must be an absolute path without `..`, not 'var' ({config})",
@@ -92,7 +97,7 @@ def test_every_mistake_is_one_line_and_says_where_it_was_made(tmp_path: Path, mo
     )
 
 
-def test_settings_that_do_not_go_together_say_where_each_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conflicting_settings_are_reported_with_their_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUDOCK_SOCKET", "")
     monkeypatch.setenv("GPUDOCK_TLS_CERT", "/c")
     assert mistakes("--tls-client-ca", "/ca") == (
@@ -101,10 +106,10 @@ def test_settings_that_do_not_go_together_say_where_each_was_set(monkeypatch: py
     )
 
 
-def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_an_unreadable_config_file_is_one_line(tmp_path: Path) -> None:
     missing = str(tmp_path / "missing.toml")
     assert mistakes("--config", missing) == (f"{missing}: No such file or directory",)
-    bad = written(tmp_path / "bad.toml", "max_execs = \n")
+    bad = write(tmp_path / "bad.toml", "max_execs = \n")
     (line,) = mistakes("--config", bad)
     assert line.startswith(f"{bad}: Invalid value (at line 1")
     (tmp_path / "latin.toml").write_bytes(b'socket_group = "\xe9"\n')
@@ -112,19 +117,19 @@ def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     assert "utf-8" in line
 
 
-def test_an_unknown_flag_is_one_line_and_no_flag_may_be_cut_short() -> None:
+def test_an_unknown_or_abbreviated_flag_is_refused() -> None:
     assert mistakes("--nope", "1") == ("unrecognized arguments: --nope 1", "see gpudockd --help")
     assert "unrecognized" in mistakes("--max", "1")[0]
 
 
-def test_what_is_printed_gives_the_same_settings_again(tmp_path: Path) -> None:
+def test_printed_settings_load_as_the_same_settings(tmp_path: Path) -> None:
     arguments = [
         *("--listen", "127.0.0.1:50051,[::1]:50051", "--token-file", "/etc/t", "--socket", ""),
         *("--port-range", "30000-30009", "--allowed-host-paths", '/da"ta,/é\x7f', "--settle-period", "250ms"),
         *("--socket-mode", "0600", "--layer-carry", "exchange", "--docker-host", "tcp://127.0.0.1:2375"),
     ]
     first = load(arguments)
-    again = load(["--config", written(tmp_path / "printed.toml", first.to_toml())])
+    again = load(["--config", write(tmp_path / "printed.toml", first.to_toml())])
     assert again.settings == first.settings
     assert again.to_toml().splitlines()[0].endswith(f"# {tmp_path / 'printed.toml'}")
     assert 'port_range = "30000-30009"  # --port-range' in first.to_toml().splitlines()
@@ -132,17 +137,17 @@ def test_what_is_printed_gives_the_same_settings_again(tmp_path: Path) -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20))
-def test_any_text_survives_printing(text: str) -> None:
+def test_any_text_is_printed_as_valid_toml(text: str) -> None:
     printed = LoadedSettings(Settings(socket_group=text), {}).to_toml()
     assert tomllib.loads(printed)["socket_group"] == text
 
 
-def test_the_example_of_deploy_loads() -> None:
+def test_the_example_configuration_loads() -> None:
     load(["--config", str(EXAMPLE)])
 
 
-def test_the_example_of_deploy_names_every_setting_with_its_default() -> None:
-    """What is commented out there is what is in effect without it."""
+def test_the_example_configuration_has_every_setting_with_its_default() -> None:
+    """Lines that are commented out have the value that is in effect without them."""
     text = EXAMPLE.read_text()
     own = {"node_name", "host_id"}  # made from the host
     uncommented = "\n".join(
@@ -156,7 +161,7 @@ def test_the_example_of_deploy_names_every_setting_with_its_default() -> None:
     }
 
 
-def test_the_command_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpudockd_prints_valid_settings_and_refuses_invalid_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert __main__.main(["--print-config", "--max-execs", "3"]) == 0
     assert "max_execs = 3  # --max-execs\n" in capsys.readouterr().out
     assert __main__.main(["--print-config", "--max-execs", "0"]) == 2
@@ -165,7 +170,7 @@ def test_the_command_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> N
     assert output.err == "gpudockd: max_execs: must be greater than or equal to 1, not '0' (--max-execs)\n"
 
 
-def test_a_daemon_that_cannot_start_says_why_and_what_to_do(
+def test_a_daemon_that_cannot_start_reports_the_reason_and_a_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes with units."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
         (2**63 - 1, "8388608 TiB"),
     ],
 )
-def test_sizes(number: int, text: str) -> None:
+def test_sizes_are_written_with_a_unit(number: int, text: str) -> None:
     assert size_text(number) == text
 
 
 @given(st.integers(0, 2**63 - 1))
-def test_what_is_typed_back_is_enough_and_fits(number: int) -> None:
+def test_a_rounded_size_is_a_bound_of_the_exact_size(number: int) -> None:
     assert _read(size_text(number, Rounding.DOWN)) <= number <= _read(size_text(number, Rounding.UP))
 
 
 def _read(text: str) -> int:
-    """In whole bytes, as the command reads it."""
+    """Return whole bytes, as the command reads a size."""
     value, unit = text.split()
     whole, _, tenth = value.partition(".")
     return (int(whole) * 10 + int(tenth or 0)) * UNITS[unit] // 10

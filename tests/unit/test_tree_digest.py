@@ -1,4 +1,4 @@
-"""The digest of a tree is of what its files hold, however the filesystem keeps them."""
+"""The digest of a tree depends on the content of its files and not on how a filesystem stores them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _sparse(file: Path, pieces: dict[int, bytes], size: int = SIZE) -> None:
         opened.truncate(size)
 
 
-def test_holes_and_zeros_that_were_written_are_the_same(tmp_path: Path) -> None:
+def test_holes_and_written_zeros_have_the_same_digest(tmp_path: Path) -> None:
     file = tmp_path / "file"
     _sparse(file, PIECES)
     assert file.stat().st_blocks * 512 < SIZE
@@ -61,7 +61,7 @@ def test_holes_and_zeros_that_were_written_are_the_same(tmp_path: Path) -> None:
         (PIECES, SIZE + MIB),
     ],
 )
-def test_another_content_is_another_digest(tmp_path: Path, pieces: dict[int, bytes], size: int) -> None:
+def test_different_content_has_a_different_digest(tmp_path: Path, pieces: dict[int, bytes], size: int) -> None:
     file = tmp_path / "file"
     _sparse(file, PIECES)
     digest = _digest(tmp_path)
@@ -70,8 +70,8 @@ def test_another_content_is_another_digest(tmp_path: Path, pieces: dict[int, byt
     assert _digest(tmp_path) != digest
 
 
-def test_a_hole_of_terabytes_takes_no_time(tmp_path: Path) -> None:
-    """Read as zeros, these 8 TiB would take longer than any test may."""
+def test_a_hole_of_terabytes_is_not_read(tmp_path: Path) -> None:
+    """Reading these 8 TiB as zeros would exceed the time limit of a test."""
     _sparse(tmp_path / "file", {1 << 42: b"data"}, 1 << 43)
     found = digest_tree(str(tmp_path), Interrupt())
     assert found.content_bytes == 1 << 43

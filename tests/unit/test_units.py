@@ -1,4 +1,4 @@
-"""The systemd units of deploy/: systemd knows every line of them, and grades how far they are confined."""
+"""The systemd units of deploy/: systemd accepts every line, and their exposure is limited."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from tests.rig.patience import limit
 
 _UNITS = sorted((Path(__file__).parents[2] / "deploy").glob("*.service"))
-# systemd's own grade, times ten: 96 is an unconfined service, and a daemon that exchanges the engine's layers as root
-# cannot come near 0. Raise it only with a reason beside the line that was taken out of the unit.
+# The exposure of `systemd-analyze security`, times ten. 96 is an unconfined service; a daemon that exchanges the layers
+# of the engine as root cannot come near 0.
 _EXPOSURE = {"gpudockd.service": 65}
 
 
@@ -45,7 +45,7 @@ def test_systemd_accepts_every_line(root: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["ProtectSystme=full", "ExecStart=/opt/gpudock/bin/nothing"])
-def test_a_mistake_would_be_noticed(root: Path, line: str) -> None:
+def test_a_mistake_is_noticed(root: Path, line: str) -> None:
     unit = root / "etc/systemd/system/gpudockd.service"
     key = "ProtectSystem=" if line.startswith("Protect") else "ExecStart="
     lines = [line if old.startswith(key) else old for old in unit.read_text().splitlines()]
@@ -54,6 +54,6 @@ def test_a_mistake_would_be_noticed(root: Path, line: str) -> None:
 
 
 @pytest.mark.parametrize(("unit", "exposure"), _EXPOSURE.items())
-def test_how_far_a_unit_is_confined(root: Path, unit: str, exposure: int) -> None:
+def test_the_exposure_of_a_unit_is_limited(root: Path, unit: str, exposure: int) -> None:
     done = _analyze("security", "--offline=true", f"--root={root}", f"--threshold={exposure}", unit)
     assert done.returncode == 0, done.stdout

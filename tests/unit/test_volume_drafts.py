@@ -50,13 +50,13 @@ USED = 1 << 20
 @pytest.fixture
 async def model() -> ModelNode:
     """A node with a volume of 64 MiB."""
-    made = ModelNode()
-    await made.run_ok(Create("data", size_bytes=64 * MIB, owner="o", labels={"k": "v"}))
-    return made
+    node = ModelNode()
+    await node.run_ok(Create("data", size_bytes=64 * MIB, owner="o", labels={"k": "v"}))
+    return node
 
 
 async def refusal(model: ModelNode, command: Command) -> GpudockError:
-    """What is said of what is refused; nothing of it has been done."""
+    """Return the error of a refused command, and fail unless it changed nothing."""
     before = model.summary()
     with pytest.raises(GpudockError) as refused:
         await model.begin(command)
@@ -65,7 +65,7 @@ async def refusal(model: ModelNode, command: Command) -> GpudockError:
 
 
 async def preview(model: ModelNode, command: Command) -> Operation:
-    """What would be done; nothing is."""
+    """Return the preview of a command, and fail unless it changed nothing."""
     before = model.summary()
     operation = await model.volumes.preview(command)
     assert model.summary() == before
@@ -73,42 +73,44 @@ async def preview(model: ModelNode, command: Command) -> Operation:
     return operation
 
 
-def change_head(model: ModelNode, **changes: object) -> None:
-    """Have something else recorded of the volume."""
-    head = model.store.volume_records["data"]
-    model.store.volume_records["data"] = Versioned(head.value.changed(**changes), head.version)
+def change_record(model: ModelNode, **changes: object) -> None:
+    """Change the record of volume `data`."""
+    stored = model.store.volume_records["data"]
+    model.store.volume_records["data"] = Versioned(stored.value.changed(**changes), stored.version)
 
 
-async def test_the_record_of_a_volume(model: ModelNode) -> None:
-    head = model.volume()
-    assert (head.name, head.node, head.owner, head.labels) == ("data", NODE, "o", {"k": "v"})
-    assert (head.generation, head.revision, head.state) == (1, 1, VolumeState.READY)
-    assert head.backing is not None
-    assert (head.backing.kind, head.backing.uid) == (VolumeBackendKind.LOOP, head.uid)
-    assert head.backing.folder == head.mountpoint == f"/engine/{head.backing.engine_volume}"
-    assert model.sized_volumes.identities == {head.uid: head.identity}
+async def test_the_record_and_the_revisions_of_a_volume(model: ModelNode) -> None:
+    volume = model.volume()
+    assert (volume.name, volume.node, volume.owner, volume.labels) == ("data", NODE, "o", {"k": "v"})
+    assert (volume.generation, volume.revision, volume.state) == (1, 1, VolumeState.READY)
+    assert volume.backing is not None
+    assert (volume.backing.kind, volume.backing.uid) == (VolumeBackendKind.LOOP, volume.uid)
+    assert volume.backing.folder == volume.mountpoint == f"/engine/{volume.backing.engine_volume}"
+    assert model.sized_volumes.identities == {volume.uid: volume.identity}
     (revision,) = model.store.volume_revision_records.values()
-    assert (revision.volume, revision.uid, revision.revision) == ("data", head.uid, 1)
+    assert (revision.volume, revision.uid, revision.revision) == ("data", volume.uid, 1)
     assert (revision.size_bytes, revision.cause) == (64 * MIB, VolumeCause.CREATED)
     assert revision.operation_id in model.store.journal
-    labels = model.engine.volumes[head.backing.engine_volume].labels
-    assert labels["gpudock.uid"] == head.uid
+    labels = model.engine.volumes[volume.backing.engine_volume].labels
+    assert labels["gpudock.uid"] == volume.uid
     assert labels["gpudock.node"] == NODE
     assert '"owner":"o"' in labels["gpudock.volume"]
     for size, cause in ((96 * MIB, VolumeCause.GROWN), (32 * MIB, VolumeCause.SHRUNK)):
         before = model.volume()
         operation = await model.run_ok(Resize("data", size))
-        head = model.volume()
-        assert operation.result == head
-        assert head.update_time > before.update_time
-        assert head.revision == before.revision + 1
-        assert head.generation == before.generation + 1
-        revision = model.store.volume_revision_records[head.uid, head.revision]
+        volume = model.volume()
+        assert operation.result == volume
+        assert volume.update_time > before.update_time
+        assert volume.revision == before.revision + 1
+        assert volume.generation == before.generation + 1
+        revision = model.store.volume_revision_records[volume.uid, volume.revision]
         assert (revision.size_bytes, revision.cause) == (size, cause)
 
 
 @pytest.mark.parametrize("command", [Resize("data", 32 * MIB), Delete("data"), Delete("data", force=True)])
-async def test_what_is_not_there_or_not_as_it_was_seen(model: ModelNode, command: Any) -> None:
+async def test_a_command_on_a_missing_changed_locked_or_remote_volume_is_refused(
+    model: ModelNode, command: Any
+) -> None:
     unknown = await refusal(model, replace(command, name="date"))
     assert (unknown.reason, unknown.metadata) == ("VOLUME_NOT_FOUND", {"volume": "date", "available": "data"})
     stale = await refusal(model, replace(command, etag="old"))
@@ -117,20 +119,20 @@ async def test_what_is_not_there_or_not_as_it_was_seen(model: ModelNode, command
     busy = await refusal(model, replace(command, etag=model.volume().etag))
     assert (busy.reason, busy.metadata) == ("VOLUME_BUSY", {"volume": "data", "operation_id": "other"})
     model.store.locks.clear()
-    change_head(model, node="far")
+    change_record(model, node="far")
     model.store.node_records = [node_record("near", "n:1"), node_record("far", "f:1")]
-    elsewhere = await refusal(model, command)
-    assert elsewhere.metadata == {"volume": "data", "node": "far", "address": "f:1"}
+    remote = await refusal(model, command)
+    assert remote.metadata == {"volume": "data", "node": "far", "address": "f:1"}
 
 
-async def test_a_volume_that_the_engine_has_may_be_adopted_under_its_name(model: ModelNode) -> None:
+async def test_a_command_on_an_adoptable_engine_volume_says_that_it_can_be_adopted(model: ModelNode) -> None:
     await adoptable_engine_volume(model)
     assert isinstance(await refusal(model, Resize("theirs", MIB)), VolumeNotAdopted)
     model.engine.volumes["theirs"] = EngineVolume(name="theirs", driver="local")
     assert not isinstance(await refusal(model, Resize("theirs", MIB)), VolumeNotAdopted)
 
 
-async def test_a_volume_is_made_once(model: ModelNode) -> None:
+async def test_a_name_is_used_for_one_volume(model: ModelNode) -> None:
     for command in (Create("data"), Adopt("data", "theirs")):
         exists = await refusal(model, command)
         assert (exists.reason, exists.metadata["volume"]) == ("VOLUME_EXISTS", "data")
@@ -155,7 +157,7 @@ async def test_a_volume_is_made_once(model: ModelNode) -> None:
         (1, VolumeBackendKind.PROJECT_QUOTA, "no", "LOOP: no; PLAIN: does not support a size"),
     ],
 )
-async def test_which_backend_a_volume_is_made_on(
+async def test_which_backend_a_volume_gets(
     size_bytes: int, forced: VolumeBackendKind | None, sized: str, chosen: VolumeBackendKind | str
 ) -> None:
     loop = ModelVolumes()
@@ -164,16 +166,16 @@ async def test_which_backend_a_volume_is_made_on(
         return sized
 
     loop.unavailable_reason = unavailable_reason  # type: ignore[method-assign]  # this call alone differs
-    asked = choose_backend([loop, ModelPlain()], name="data", size_bytes=size_bytes, forced=forced)
+    choice = choose_backend([loop, ModelPlain()], name="data", size_bytes=size_bytes, forced=forced)
     if isinstance(chosen, VolumeBackendKind):
-        assert (await asked).kind is chosen
+        assert (await choice).kind is chosen
         return
     with pytest.raises(SizeNotSupported) as refused:
-        await asked
+        await choice
     assert refused.value.metadata == {"volume": "data", "size_bytes": str(size_bytes), "detail": chosen}
 
 
-async def test_the_setting_chooses_for_volumes_with_a_size_and_the_caller_for_all(model: ModelNode) -> None:
+async def test_the_setting_forces_a_backend_for_sized_volumes_only_and_the_caller_for_all(model: ModelNode) -> None:
     model.configure(forced_backend=VolumeBackendKind.PROJECT_QUOTA)
     refused = await refusal(model, Create("b", size_bytes=MIB))
     assert (refused.reason, refused.metadata["volume"]) == ("SIZE_NOT_SUPPORTED", "b")
@@ -181,14 +183,14 @@ async def test_the_setting_chooses_for_volumes_with_a_size_and_the_caller_for_al
     await preview(model, Create("b"))
 
 
-async def test_what_the_pool_can_be_promised(model: ModelNode) -> None:
+async def test_the_sizes_of_volumes_are_limited_by_the_pool(model: ModelNode) -> None:
     usage = PoolUsage(total_bytes=100 * MIB, free_bytes=60 * MIB, promised_bytes=64 * MIB, allocated_bytes=10 * MIB)
 
     async def pool() -> PoolUsage:
         return usage
 
     model.sized_volumes.pool = pool  # type: ignore[method-assign]  # this call alone differs
-    # 60 and 10 MiB, of which 64 are promised.
+    # 60 MiB are free and 10 MiB allocated; 64 MiB of these are reserved.
     await preview(model, Create("b", size_bytes=6 * MIB))
     full = await refusal(model, Create("b", size_bytes=6 * MIB + 1))
     assert isinstance(full, PoolFull)
@@ -197,14 +199,14 @@ async def test_what_the_pool_can_be_promised(model: ModelNode) -> None:
         "needed_bytes": str(6 * MIB + 1),
         "available_bytes": str(6 * MIB),
     }
-    # It has what it has already.
+    # A resize needs only the difference.
     await preview(model, Resize("data", 70 * MIB))
     assert (await refusal(model, Resize("data", 70 * MIB + 1))).metadata["available_bytes"] == str(70 * MIB)
     await preview(model, Create("b"))
-    change_head(model, reserved_bytes=80 * MIB)
+    change_record(model, reserved_bytes=80 * MIB)
     assert (await refusal(model, Create("b", size_bytes=1))).metadata["available_bytes"] == "0"
-    # What is promised on another node is no matter of this one.
-    change_head(model, node="far")
+    # The reservations of another node do not count.
+    change_record(model, node="far")
     await preview(model, Create("b", size_bytes=70 * MIB))
     over = replace(model.core.backends, overcommit=2.0)
     await over.require_space(VolumeBackendKind.LOOP, "b", 140 * MIB)
@@ -212,7 +214,7 @@ async def test_what_the_pool_can_be_promised(model: ModelNode) -> None:
         await over.require_space(VolumeBackendKind.LOOP, "b", 140 * MIB + 1)
 
 
-async def test_which_pool_there_is(model: ModelNode) -> None:
+async def test_the_pool_is_that_of_the_available_sized_backend(model: ModelNode) -> None:
     assert await model.core.backends.pool_usage() == await model.sized_volumes.pool()
 
     async def unavailable_reason() -> str:
@@ -224,7 +226,7 @@ async def test_which_pool_there_is(model: ModelNode) -> None:
     assert model.core.backends.of_kind(VolumeBackendKind.PLAIN) is model.unsized_volumes
 
 
-async def test_what_cannot_be_resized(model: ModelNode) -> None:
+async def test_why_a_volume_cannot_be_resized(model: ModelNode) -> None:
     small = await refusal(model, Resize("data", 2 * USED - 1))
     assert small.metadata == {
         "volume": "data",
@@ -234,11 +236,11 @@ async def test_what_cannot_be_resized(model: ModelNode) -> None:
     }
     await preview(model, Resize("data", 2 * USED))
     assert (await preview(model, Resize("data", 64 * MIB))).stages[0].name == "commit"
-    change_head(model, state=VolumeState.DELETING)
+    change_record(model, state=VolumeState.DELETING)
     failed = await refusal(model, Resize("data", 32 * MIB))
     assert isinstance(failed, VolumeFailed)
     assert failed.call == "resize"
-    change_head(model, state=VolumeState.READY, backing=None)
+    change_record(model, state=VolumeState.READY, backing=None)
     assert (await refusal(model, Resize("data", 32 * MIB))).metadata == {
         "volume": "data",
         "holders": "the operation that creates it",
@@ -248,7 +250,7 @@ async def test_what_cannot_be_resized(model: ModelNode) -> None:
     assert plain.metadata["detail"].startswith("PLAIN volumes have no size")
 
 
-async def test_who_stands_against_a_shrink_by_a_copy(model: ModelNode) -> None:
+async def test_which_containers_prevent_a_shrink_by_copy(model: ModelNode) -> None:
     model.sized_volumes.copies = True
     plan = (await preview(model, Resize("data", 32 * MIB))).plan
     assert (plan.bytes_to_move, plan.bytes_available, plan.restarts_process) == (USED, 8 * TIB, False)
@@ -259,7 +261,7 @@ async def test_who_stands_against_a_shrink_by_a_copy(model: ModelNode) -> None:
         *("make", "copy", "stop", "difference", "locate", "exchange", "start", "verify", "commit", "retire")
     ]
     done = await model.run_ok(Resize("data", 32 * MIB))
-    assert done.locks == (model.container().target,), "nobody changes it meanwhile"
+    assert done.locks == (model.container().target,), "the container is not locked during the shrink"
     await model.run_ok(Resize("data", 64 * MIB))
     await model.run_ok(Pause("a"))
     paused = await refusal(model, Resize("data", 32 * MIB))
@@ -275,41 +277,41 @@ async def test_who_stands_against_a_shrink_by_a_copy(model: ModelNode) -> None:
     assert (used.reason, used.metadata) == ("VOLUME_IN_USE", {"volume": "data", "holders": "theirs"})
 
 
-async def test_a_store_that_does_not_shrink_after_all_says_so(model: ModelNode) -> None:
+async def test_a_backend_that_cannot_shrink_in_place_fails_the_resize(model: ModelNode) -> None:
     before = model.summary()
     model.sized_volumes.copies = True
-    model.sized_volumes.needs_copy = lambda backing, size_bytes: False  # type: ignore[method-assign]  # noqa: ARG005 - the names are the protocol's
+    model.sized_volumes.needs_copy = lambda backing, size_bytes: False  # type: ignore[method-assign]  # noqa: ARG005 - the names are those of the protocol
     operation = await model.run(Resize("data", 32 * MIB))
     assert operation.error is not None
     assert operation.error.metadata == {"volume": "data", "call": "shrink", "detail": "it cannot shrink in place"}
     assert model.summary() == before
 
 
-async def test_another_volume_of_the_name_is_none_of_an_operations(model: ModelNode) -> None:
+async def test_a_resize_does_not_change_a_new_volume_of_the_same_name(model: ModelNode) -> None:
     grow = model.sized_volumes.grow
 
-    async def meanwhile(backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        change_head(model, uid="1b4e28ba-2fa1-41d2-883f-0016d3cca427")
+    async def replace_volume_and_grow(backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        change_record(model, uid="1b4e28ba-2fa1-41d2-883f-0016d3cca427")
         return await grow(backing, size_bytes)
 
-    model.sized_volumes.grow = meanwhile  # type: ignore[method-assign]  # this call alone differs
+    model.sized_volumes.grow = replace_volume_and_grow  # type: ignore[method-assign]  # this call alone differs
     operation = await model.run(Resize("data", 96 * MIB))
     assert (operation.state, operation.committed) == (OperationState.RUNNING, False)
     assert model.volume().size_bytes == 64 * MIB
 
 
-async def test_a_container_that_does_not_bear_the_smaller_volume_gets_the_old_one_back(model: ModelNode) -> None:
+async def test_a_container_that_fails_with_the_smaller_volume_gets_the_old_one(model: ModelNode) -> None:
     model.sized_volumes.copies = True
     await model.create_container(spec=SPEC_WITH_DATA)
     before = model.summary()
     start = model.engine.start
 
-    async def dies_with_the_smaller(engine_id: str) -> None:
+    async def exit_with_smaller_volume(engine_id: str) -> None:
         (size, _), *_rest = model.sized_volumes.stores.values()
         model.engine.exit_code_at_start = 7 if size == 32 * MIB else None
         await start(engine_id)
 
-    model.engine.start = dies_with_the_smaller  # type: ignore[method-assign]  # this call alone differs
+    model.engine.start = exit_with_smaller_volume  # type: ignore[method-assign]  # this call alone differs
     operation = await model.run(Resize("data", 32 * MIB))
     assert operation.error is not None
     assert operation.error.reason == "START_FAILED"
@@ -318,21 +320,23 @@ async def test_a_container_that_does_not_bear_the_smaller_volume_gets_the_old_on
     assert model.summary() == before
 
 
-async def test_a_failed_shrink_leaves_its_containers_as_the_engine_shows_them(model: ModelNode) -> None:
+async def test_a_failed_shrink_records_the_state_of_its_containers(model: ModelNode) -> None:
     model.sized_volumes.copies = True
     await model.create_container("a", SPEC_WITH_DATA)
     await model.create_container("b", SPEC_WITH_DATA)
     await model.run_ok(Stop("a"))
-    # Made by a process that was killed before it had an engine container.
+    # As a daemon leaves it that was killed before it created the engine container.
     del model.engine.containers[model.engine_id("a")]
     model.store.put(model.container().changed(engine=None))
-    before, ended = model.container(), model.engine_id("b")
+    before, exited = model.container(), model.engine_id("b")
 
-    async def ends_meanwhile(*_: object, **__: object) -> None:
-        model.engine.containers[ended] = replace(model.engine.containers[ended], state=EngineState.EXITED, exit_code=7)
+    async def exit_and_fail(*_: object, **__: object) -> None:
+        model.engine.containers[exited] = replace(
+            model.engine.containers[exited], state=EngineState.EXITED, exit_code=7
+        )
         raise VolumeFailed(volume="data", call="copy", detail="no")
 
-    model.copier.copy = ends_meanwhile  # type: ignore[method-assign]  # this call alone differs
+    model.copier.copy = exit_and_fail  # type: ignore[method-assign]  # this call alone differs
     operation = await model.run(Resize("data", 32 * MIB))
     assert operation.error is not None
     assert operation.error.metadata == {"volume": "data", "call": "copy", "detail": "no"}
@@ -340,7 +344,7 @@ async def test_a_failed_shrink_leaves_its_containers_as_the_engine_shows_them(mo
     assert model.container() == before
 
 
-async def test_a_container_that_was_started_with_the_smaller_volume_is_killed_before_it_gets_the_old_one(
+async def test_a_failed_shrink_kills_a_container_that_was_started_with_the_smaller_volume(
     model: ModelNode,
 ) -> None:
     model.sized_volumes.copies = True
@@ -355,20 +359,20 @@ async def test_a_container_that_was_started_with_the_smaller_volume_is_killed_be
     operation = await model.run(Resize("data", 32 * MIB))
     assert operation.error is not None
     assert operation.error.reason == "ENGINE_REJECTED"
-    # Nothing that it has written since is kept, so it is given no time.
+    # What its process has written since is not kept, so the process gets no time to stop.
     assert model.engine.stop_timeouts == [10, 0]
     assert model.summary() == before
 
 
-async def test_a_volume_whose_making_was_broken_off_is_deleted(model: ModelNode) -> None:
-    change_head(model, state=VolumeState.DELETING, backing=None)
+async def test_a_volume_whose_creation_was_interrupted_can_be_deleted(model: ModelNode) -> None:
+    change_record(model, state=VolumeState.DELETING, backing=None)
     for force in (False, True):
         assert (await preview(model, Delete("data", force=force))).plan.warnings == ()
     await model.run_ok(Delete("data", force=True))
     assert not model.store.volume_records
 
 
-async def test_who_stands_against_a_deletion(model: ModelNode) -> None:
+async def test_which_containers_prevent_a_deletion(model: ModelNode) -> None:
     await model.create_container(spec=SPEC_WITH_DATA)
     mounted = await refusal(model, Delete("data"))
     assert isinstance(mounted, VolumeMounted)
@@ -391,7 +395,7 @@ async def test_who_stands_against_a_deletion(model: ModelNode) -> None:
     assert used.metadata["holders"].split(",")[-1] == "theirs"
 
 
-async def test_what_may_be_adopted(model: ModelNode) -> None:
+async def test_which_engine_volumes_can_be_adopted(model: ModelNode) -> None:
     await adoptable_engine_volume(model)
     theirs = model.engine.volumes["theirs"]
 
@@ -401,7 +405,7 @@ async def test_what_may_be_adopted(model: ModelNode) -> None:
 
     unlabelled = await refused(labels={})
     assert isinstance(unlabelled, EngineVolumeNotFound)
-    # What is there is not told from what is not.
+    # The error does not show whether the engine volume exists.
     assert unlabelled.metadata == {"volume": "theirs", "available": ""}
     assert isinstance(await refusal(model, Adopt("new", "nothing")), EngineVolumeNotFound)
     taken = await refused(labels={"gpudock.adopt": "true", "gpudock.uid": "x"})
@@ -418,29 +422,29 @@ async def test_what_may_be_adopted(model: ModelNode) -> None:
     model.engine.volumes["theirs"] = theirs.model_copy(update={"labels": {}})
     model.configure(adoption=AdoptionRules(names=("the*",)))
     await model.run_ok(Adopt("new", "theirs"))
-    (cause,) = [one.cause for one in model.store.volume_revision_records.values() if one.volume == "new"]
+    (cause,) = [revision.cause for revision in model.store.volume_revision_records.values() if revision.volume == "new"]
     assert cause is VolumeCause.ADOPTED
 
 
-async def test_what_is_used_is_not_adopted(model: ModelNode) -> None:
+async def test_an_engine_volume_in_use_is_not_adopted(model: ModelNode) -> None:
     await adoptable_engine_volume(model)
     await model.create_container(spec=SPEC)
-    stranger = replace(model.engine_container(), id="stranger", name="somebody", volumes={"/x": "theirs"})
+    stranger = replace(model.engine_container(), id="stranger", name="other", volumes={"/x": "theirs"})
     model.engine.containers["stranger"] = stranger
     model.engine.layer_of["stranger"] = model.engine.layer_of[model.engine_id()]
     for command in (Adopt("new", "theirs"), Adopt("new", "theirs", size_bytes=64 * MIB)):
         used = await refusal(model, command)
         assert isinstance(used, EngineVolumeInUse)
-        assert used.metadata == {"volume": "new", "engine_volume": "theirs", "holders": "somebody"}
+        assert used.metadata == {"volume": "new", "engine_volume": "theirs", "holders": "other"}
     model.engine.containers["stranger"] = replace(stranger, state=type(stranger.state).EXITED)
     for command in (Adopt("new", "theirs"), Adopt("new", "theirs", size_bytes=64 * MIB)):
         assert isinstance(await refusal(model, command), EngineVolumeInUse)
-    # One of ours, whose volume lost its record: its files are copied while it does not run.
-    mine = replace(model.engine_container(), volumes={"/x": "theirs"})
+    # A container of gpudock whose volume lost its record: the files can be copied while it is stopped.
+    own = replace(model.engine_container(), volumes={"/x": "theirs"})
     del model.engine.containers["stranger"]
-    model.engine.containers[mine.id] = mine
+    model.engine.containers[own.id] = own
     assert isinstance(await refusal(model, Adopt("new", "theirs", size_bytes=64 * MIB)), EngineVolumeInUse)
-    model.engine.containers[mine.id] = replace(mine, state=type(mine.state).EXITED)
+    model.engine.containers[own.id] = replace(own, state=type(own.state).EXITED)
     plan = (await preview(model, Adopt("new", "theirs", size_bytes=64 * MIB))).plan
     assert (plan.bytes_to_move, plan.bytes_available) == (USED, 8 * TIB)
     small = await refusal(model, Adopt("new", "theirs", size_bytes=USED - 1))
@@ -454,61 +458,61 @@ async def test_what_is_used_is_not_adopted(model: ModelNode) -> None:
         assert (failed.volume, failed.call) == ("new", "copy")
 
 
-async def test_what_is_read_of_volumes(model: ModelNode) -> None:
+async def test_volumes_are_read_with_their_containers_and_usage(model: ModelNode) -> None:
     await model.run_ok(Create("plain"))
     await model.create_container(spec=SPEC_WITH_DATA)
-    seen = await model.volumes.get("data")
-    assert (seen.view.volume, seen.containers, seen.used_bytes) == (model.volume(), ("a",), USED)
+    details = await model.volumes.get("data")
+    assert (details.view.volume, details.containers, details.used_bytes) == (model.volume(), ("a",), USED)
     page = await model.volumes.list(page_size=10, page_token="")
-    assert [(one.view.volume.name, one.containers, one.used_bytes) for one in page.items] == [
+    assert [(details.view.volume.name, details.containers, details.used_bytes) for details in page.items] == [
         ("data", ("a",), USED),
         ("plain", (), None),
     ]
     assert (await model.volumes.get("plain")).used_bytes == USED
     first = await model.volumes.list(page_size=1, page_token="")
     second = await model.volumes.list(page_size=1, page_token=first.next_token)
-    assert [one.view.volume.name for one in (*first.items, *second.items)] == ["data", "plain"]
+    assert [details.view.volume.name for details in (*first.items, *second.items)] == ["data", "plain"]
     assert first.watch_token
     history = await model.volumes.revisions("data", page_size=5, page_token="")
-    assert [one.revision for one in history.items] == [1]
+    assert [revision.revision for revision in history.items] == [1]
     for call in (model.volumes.get("date"), model.volumes.revisions("date", page_size=1, page_token="")):
         with pytest.raises(GpudockError) as unknown:
             await call
         assert unknown.value.metadata == {"volume": "date", "available": "data,plain"}
-    change_head(model, node="far")
+    change_record(model, node="far")
     assert (await model.volumes.get("data")).used_bytes is None
-    change_head(model, node=NODE, state=VolumeState.DELETING)
+    change_record(model, node=NODE, state=VolumeState.DELETING)
     assert (await model.volumes.get("data")).used_bytes is None
-    change_head(model, state=VolumeState.READY)
+    change_record(model, state=VolumeState.READY)
 
     async def failing(_: object) -> VolumeUsage:
-        raise VolumeFailed(volume="data", call="look", detail="no")
+        raise VolumeFailed(volume="data", call="usage", detail="no")
 
     model.sized_volumes.usage = failing  # type: ignore[method-assign, assignment]
     assert (await model.volumes.get("data")).used_bytes is None
 
 
-async def test_volumes_are_looked_into_a_few_at_a_time(model: ModelNode) -> None:
+async def test_the_usage_of_at_most_four_volumes_is_read_at_a_time(model: ModelNode) -> None:
     for number in range(8):
         await model.run_ok(Create(f"v{number}", size_bytes=MIB))
-    at_once, most = 0, 0
+    current, maximum = 0, 0
 
     async def counted(_: object) -> VolumeUsage:
-        nonlocal at_once, most
-        at_once += 1
-        most = max(most, at_once)
+        nonlocal current, maximum
+        current += 1
+        maximum = max(maximum, current)
         await asyncio.sleep(0)
-        at_once -= 1
+        current -= 1
         return VolumeUsage(used_bytes=1, size_bytes=2, minimum_bytes=1)
 
     model.sized_volumes.usage = counted  # type: ignore[method-assign, assignment]
     page = await model.volumes.list(page_size=10, page_token="")
-    assert {one.used_bytes for one in page.items} == {1}
-    assert most == 4
+    assert {details.used_bytes for details in page.items} == {1}
+    assert maximum == 4
 
 
-async def test_what_an_operation_on_a_volume_leaves(model: ModelNode) -> None:
-    seen = await model.volumes.run(Resize("data", 96 * MIB), None)
-    assert seen.view.volume == model.volume()
+async def test_a_command_returns_the_volume_and_a_deletion_returns_nothing(model: ModelNode) -> None:
+    details = await model.volumes.run(Resize("data", 96 * MIB), None)
+    assert details.view.volume == model.volume()
     await model.volumes.run_to_end(Delete("data"), None)
     assert not model.store.volume_records

@@ -7,7 +7,7 @@ from gpudock_server.adapters.docker.volume_options import hazard, is_anonymous
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [
         ({"type": "none", "o": "bind", "device": "/etc"}, "bind mount of host path '/etc'"),
         ({"type": "tmpfs", "o": "size=1m, BIND", "device": "/etc"}, "bind mount of host path '/etc'"),
@@ -20,8 +20,8 @@ from gpudock_server.adapters.docker.volume_options import hazard, is_anonymous
         ({"mountpoint": "/etc"}, "'mountpoint' is not on the list of safe options"),
     ],
 )
-def test_hazards(options: dict[str, str], told: str) -> None:
-    assert told in hazard("local", options)
+def test_options_with_access_to_the_host_are_hazards(options: dict[str, str], expected: str) -> None:
+    assert expected in hazard("local", options)
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,11 @@ def test_hazards(options: dict[str, str], told: str) -> None:
         ("plugin", {"type": "none", "o": "bind", "device": "/etc"}),
     ],
 )
-def test_nothing_of_the_host(driver: str, options: dict[str, str]) -> None:
+def test_options_without_access_to_the_host_are_no_hazard(driver: str, options: dict[str, str]) -> None:
     assert hazard(driver, options) == ""
 
 
-def test_anonymous() -> None:
+def test_which_volumes_are_anonymous() -> None:
     assert is_anonymous("0" * 64, {})
     assert is_anonymous("a", {"com.docker.volume.anonymous": ""})
     assert not is_anonymous("0" * 63, {"a": "b"})

@@ -1,4 +1,4 @@
-"""What tests assert, read from their syntax: the texts and names that an expected value is made of."""
+"""The words of asserted expressions, read from the syntax of tests."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 
-# Fail unless what they are given comes to be.
-_EXPECTING = frozenset({"found", "logged", "raises"})
+# Helpers that fail unless they find what their arguments describe.
+_EXPECTING = frozenset({"wait_for_drift", "wait_for_drift_log", "raises"})
 
 
 @dataclass(frozen=True)
-class Asserted:
-    """One asserted expression: its texts, names and attributes, and those of the variables in it."""
+class AssertedExpression:
+    """The strings, names and attributes of an asserted expression, and of the variables in it."""
 
     words: frozenset[str]
 
-    def says(self, prefix: str, value: str, *marks: str) -> bool:
-        """Whether it has a value by its name in the contract, or alone where it also has one of the words `marks`."""
-        return prefix + value in self.words or (value in self.words and not self.words.isdisjoint(marks))
+    def names(self, prefix: str, value: str, *context: str) -> bool:
+        """Return whether it has the full name of a value, or the value alone with one of the words `context`."""
+        return prefix + value in self.words or (value in self.words and not self.words.isdisjoint(context))
 
 
-def asserted_in(files: Collection[Path]) -> list[Asserted]:
-    """All that the files assert to be so.
+def asserted_expressions(files: Collection[Path]) -> list[AssertedExpression]:
+    """Return what files assert to be equal, contained or raised.
 
-    Counted are `assert`, without its message; and the arguments of `pytest.raises` and of helpers that fail unless they
-    find what they are given. Variables stand for what is assigned to them in the same function or module, by loops and
-    by `parametrize` too. Not counted is what is denied (`not`, `!=`, `not in`), and what may be one of several
-    (`in (A, B)`, `or`), since none of these shows that the value occurs.
+    These are `assert` without its message, and the arguments of `pytest.raises` and of the helpers in `_EXPECTING`. A
+    variable has the words of what is assigned to it in the same function or module, also by loops and `parametrize`.
+    Negations (`not`, `!=`, `not in`) and alternatives (`in (A, B)`, `or`) do not count, since they do not show that the
+    value occurs.
     """
     return [each for path in files for each in _of_module(ast.parse(path.read_text(encoding="utf-8")))]
 
 
 def words_of(node: ast.AST) -> frozenset[str]:
-    """The texts, names and attributes below a node."""
+    """Return the strings, names and attributes below a node of the syntax tree."""
     return frozenset(
         word
         for each in ast.walk(node)
@@ -49,14 +49,14 @@ def words_of(node: ast.AST) -> frozenset[str]:
     )
 
 
-def _of_module(module: ast.Module) -> Iterator[Asserted]:
+def _of_module(module: ast.Module) -> Iterator[AssertedExpression]:
     functions = [node for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     constants = _assigned(node for statement in module.body for node in _outside_functions(statement))
     for function in functions:
         variables = constants | _assigned(ast.walk(function)) | _parameters(function)
         for node in ast.walk(function):
             for expression in _expected(node):
-                yield Asserted(_resolved(_positive(expression), variables))
+                yield AssertedExpression(_resolved(_positive(expression), variables))
 
 
 def _outside_functions(statement: ast.stmt) -> Iterator[ast.AST]:
@@ -70,12 +70,12 @@ def _expected(node: ast.AST) -> Iterator[ast.expr]:
     elif isinstance(node, ast.Call):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if name in _EXPECTING:
-            # With the helper's name, which says what its arguments are.
+            # With the name of the helper, which is a word of the expression too.
             yield ast.Tuple([node.func, *node.args, *(keyword.value for keyword in node.keywords)], ast.Load())
 
 
 def _positive(expression: ast.expr) -> frozenset[str]:
-    """The words of an expression, less those that it denies and those of which any one is enough."""
+    """Return the words of an expression without its negations and alternatives."""
     match expression:
         case ast.UnaryOp(op=ast.Not()) | ast.BoolOp(op=ast.Or()):
             return frozenset()
@@ -91,7 +91,7 @@ def _positive(expression: ast.expr) -> frozenset[str]:
 
 
 def _assigned(nodes: Iterator[ast.AST]) -> dict[str, frozenset[str]]:
-    """The words of what is assigned to each variable."""
+    """Return the words of what is assigned to each variable."""
     variables: dict[str, frozenset[str]] = {}
     for node in nodes:
         match node:
@@ -103,19 +103,19 @@ def _assigned(nodes: Iterator[ast.AST]) -> dict[str, frozenset[str]]:
                 targets = [target]
             case _:
                 continue
-        for name in (each.id for one in targets for each in ast.walk(one) if isinstance(each, ast.Name)):
+        for name in (each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)):
             variables[name] = variables.get(name, frozenset()) | words_of(value)
     return variables
 
 
 def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, frozenset[str]]:
-    """What `parametrize` gives: all of its values, to each of its names."""
+    """Return the words of the values of `parametrize`, for each of its names."""
     variables: dict[str, frozenset[str]] = {}
     for decorator in function.decorator_list:
         match decorator:
             case ast.Call(func=ast.Attribute(attr="parametrize"), args=[names, values, *_]):
                 each = words_of(names)
-                for name in (part.strip() for one in each for part in one.split(",")):
+                for name in (part.strip() for text in each for part in text.split(",")):
                     variables[name] = variables.get(name, frozenset()) | words_of(values)
             case _:
                 continue
@@ -123,9 +123,9 @@ def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> dict[str, f
 
 
 def _resolved(words: frozenset[str], variables: dict[str, frozenset[str]]) -> frozenset[str]:
-    """With the words of the variables among them, of the variables in these, and so on."""
-    seen: frozenset[str] = frozenset()
-    while new := words - seen:
-        seen |= new
+    """Return words with the words of the variables among them, and so on."""
+    resolved: frozenset[str] = frozenset()
+    while new := words - resolved:
+        resolved |= new
         words |= frozenset().union(*(variables.get(word, frozenset()) for word in new))
     return words
