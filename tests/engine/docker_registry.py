@@ -1,7 +1,7 @@
-"""A registry of two small images, where the rig's engine can reach it: on the engine's own loopback.
+"""A registry of two small images, on the loopback interface of the rig's engine.
 
-Speaks just enough of https://distribution.github.io/distribution/spec/api/ for a pull. `whole` can be pulled, and
-`broken` has a manifest whose layer is missing.
+It implements the part of https://distribution.github.io/distribution/spec/api/ that a pull needs. The image `whole` can
+be pulled; the image `broken` has a manifest whose layer is missing.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ server.serve_forever()
 
 @asynccontextmanager
 async def registry(rig: Rig, folder: Path, *, locked: bool = False, stalls: bool = False) -> AsyncIterator[str]:
-    """Runs it, with a password if it is `locked`; yields HOST:PORT. `folder` takes its files.
+    """Run a registry with its files in `folder`; yields HOST:PORT. With `locked` it needs USER and SECRET.
 
-    One that `stalls` stops sending in the middle of a layer, with the connection open, until `release` is called.
+    With `stalls` it stops in the middle of a layer, with the connection open, until `release` is called.
     """
     publish(folder, locked=locked, stalls=stalls)
     words = [*rig.namespaces.enter(), sys.executable, "-c", _SERVER, str(folder / "files")]
@@ -76,12 +76,12 @@ async def registry(rig: Rig, folder: Path, *, locked: bool = False, stalls: bool
 
 
 def release(folder: Path) -> None:
-    """Let a stalled registry send the rest."""
+    """Let a stalled registry send the rest of the layer."""
     (folder / "files.released").touch()
 
 
 def publish(folder: Path, *, locked: bool = False, stalls: bool = False, seed: str = "whole") -> None:
-    """Write the served images; with another `seed`, `whole` is another image."""
+    """Write the images that the registry serves; another `seed` makes another image `whole`."""
     files = {"/v2/": ("application/json", b"{}")} | _image("whole", seed) | _without_layer(_image("broken", "broken"))
     content = {
         "authorization": "Basic " + base64.b64encode(f"{USER}:{SECRET}".encode()).decode() if locked else "",
@@ -95,7 +95,7 @@ _Files = dict[str, tuple[str, bytes]]
 
 
 def _image(repository: str, seed: str) -> _Files:
-    """An image of one layer, by the paths under which a registry shows its parts."""
+    """An image of one layer: content type and content by the path in the registry."""
     tar = _tar(seed)
     layer = gzip.compress(tar, compresslevel=1)
     root = {"type": "layers", "diff_ids": [_digest(tar)]}
@@ -121,7 +121,7 @@ def _without_layer(files: _Files) -> _Files:
 
 
 def _tar(seed: str) -> bytes:
-    """An incompressible file that differs between images, because an engine downloads the same layer only once."""
+    """A tar archive with an incompressible file, different for each seed: an engine downloads a layer only once."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         member = tarfile.TarInfo("payload")

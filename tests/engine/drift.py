@@ -1,4 +1,4 @@
-"""What tests of reconcile do behind a daemon's back, and what they read of its findings."""
+"""Changes of engine containers and records without the daemon, and the drift that the daemon finds."""
 
 from __future__ import annotations
 
@@ -23,56 +23,53 @@ REPORTED = drift_pb2.DRIFT_REMEDY_REPORTED
 
 
 async def list_drift(caller: Caller, **filters: Any) -> list[drift_pb2.Drift]:
-    """What the daemon finds."""
+    """The drift that the daemon lists."""
     request = node_service_pb2.ListDriftRequest(filter=node_service_pb2.DriftFilter(**filters))
     return list((await caller.nodes.ListDrift(request)).drift)
 
 
 async def wait_for_drift(caller: Caller, kind: str, remedy: int | None = None, container: str = "") -> drift_pb2.Drift:
-    """Wait until there is a finding of a kind; it."""
-    findings: list[drift_pb2.Drift] = []
+    """Wait until the daemon lists a drift of a kind, and return it."""
+    found: list[drift_pb2.Drift] = []
 
-    async def there() -> bool:
-        findings[:] = [
-            one
-            for one in await list_drift(caller, kinds=[KIND(f"DRIFT_KIND_{kind}")], container=container)
-            if remedy in (None, one.remedy)
-        ]
-        return bool(findings)
+    async def is_listed() -> bool:
+        listed = await list_drift(caller, kinds=[KIND(f"DRIFT_KIND_{kind}")], container=container)
+        found[:] = [drift for drift in listed if remedy in (None, drift.remedy)]
+        return bool(found)
 
-    await until(there)
-    return findings[0]
+    await until(is_listed)
+    return found[0]
 
 
 async def wait_for_drift_log(daemon: Daemon, kind: str, about: str) -> str:
-    """Wait until a daemon has logged a finding of a kind about something; the line.
+    """Wait until a daemon has logged a drift of a kind whose line has `about`, and return the line.
 
-    What was put right is listed until the next comparison, which may be over before a test can ask.
+    A repaired drift is listed only until the next reconcile, which may end before a test can list it.
     """
     lines: list[str] = []
 
-    async def there() -> bool:
-        found = (line for line in daemon.log_text.splitlines() if re.search(rf"\bdrift\b.* found={kind}\b", line))
-        lines[:] = [line for line in found if re.search(rf"\b{re.escape(about)}\b", line)]
+    async def is_logged() -> bool:
+        of_kind = (line for line in daemon.log_text.splitlines() if re.search(rf"\bdrift\b.* found={kind}\b", line))
+        lines[:] = [line for line in of_kind if re.search(rf"\b{re.escape(about)}\b", line)]
         return bool(lines)
 
-    await until(there)
+    await until(is_logged)
     return lines[0]
 
 
 async def wait_for_passes(caller: Caller, times: int = 2) -> None:
-    """Wait until full comparisons have ended that had not begun when this was called."""
+    """Wait until full reconciles that began after this call have ended."""
     for _ in range(times):
         before = (await caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).compare_time
 
-        async def later(before: Any = before) -> bool:
+        async def has_ended(before: Any = before) -> bool:
             return bool((await caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).compare_time != before)
 
-        await until(later)
+        await until(has_ended)
 
 
 class StoredState:
-    """What a daemon has in etcd, for whoever edits it by hand."""
+    """The records of a daemon in etcd, for tests that edit them."""
 
     def __init__(self, connection: EtcdConnection, prefix: str) -> None:
         self.keys = Keys(prefix)
@@ -88,7 +85,7 @@ class StoredState:
         await self._connection.txn(success=[messages.delete(key) for key in keys])
 
     async def read(self, key: bytes) -> bytes:
-        """What a key that exists has."""
+        """The value of a key that exists."""
         entry = (await self._connection.txn(success=[messages.get(key)])).ranges[0].only
         assert entry is not None
         return entry.value
@@ -96,7 +93,7 @@ class StoredState:
 
 @asynccontextmanager
 async def state_of(daemons: IsolatedDaemons, rig: Rig) -> AsyncIterator[StoredState]:
-    """What a test's own daemon has in the rig's etcd."""
+    """The records of a test's daemons in the rig's etcd."""
     connection = EtcdConnection(EtcdAddress((rig.etcd.endpoint,)))
     await connection.open()
     try:
@@ -106,22 +103,22 @@ async def state_of(daemons: IsolatedDaemons, rig: Rig) -> AsyncIterator[StoredSt
 
 
 def engine_action(rig: Rig, engine_id: str, verb: str) -> None:
-    """Ask the engine itself."""
+    """Change a container by a call of the engine, such as `kill`."""
     rig.engine.call("POST", f"/containers/{engine_id}/{verb}")
 
 
 def docker_update(rig: Rig, engine_id: str, **limits: Any) -> None:
-    """`docker update`."""
+    """Change limits, like `docker update`."""
     rig.engine.call("POST", f"/containers/{engine_id}/update", send=limits)
 
 
 def docker_inspect(rig: Rig, engine_id: str) -> dict[str, Any]:
-    """`docker inspect`."""
-    shown: dict[str, Any] = rig.engine.call("GET", f"/containers/{engine_id}/json")
-    return shown
+    """Inspect a container, like `docker inspect`."""
+    state: dict[str, Any] = rig.engine.call("GET", f"/containers/{engine_id}/json")
+    return state
 
 
 def engine_container_names(rig: Rig) -> set[str]:
-    """The names of every engine container."""
-    listed: list[dict[str, Any]] = rig.engine.call("GET", "/containers/json?all=1")
-    return {name.removeprefix("/") for one in listed for name in one["Names"]}
+    """The names of all engine containers."""
+    containers: list[dict[str, Any]] = rig.engine.call("GET", "/containers/json?all=1")
+    return {name.removeprefix("/") for container in containers for name in container["Names"]}

@@ -1,4 +1,4 @@
-"""Containers of an engine, as tests ask for them."""
+"""Example specs of engine containers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ async def engine_spec(
     bound: dict[str, str] | None = None,
     **spec: Any,
 ) -> EngineContainerSpec:
-    """A container of an image that the engine has; `spec` are fields of ContainerSpec."""
-    asked = ContainerSpec(**{"image": IMAGE, "command": IDLE, **spec})
-    image = await engine.image(asked.image)
+    """The spec of an engine container; `spec` are fields of ContainerSpec. The engine must have the image."""
+    container_spec = ContainerSpec(**{"image": IMAGE, "command": IDLE, **spec})
+    image = await engine.image(container_spec.image)
     assert image is not None
     return EngineContainerSpec(
         name=name,
         image_id=image.id,
-        spec=asked,
+        spec=container_spec,
         placement=Placement(gpu_uuids=gpus, ports=ports),
         hostname=name,
         labels={"gpudock.uid": f"uid-{name}", "gpudock.name": name, "gpudock.operation": operation},
@@ -43,14 +43,14 @@ async def engine_spec(
 
 
 async def start_container(engine: Engine, name: str = "box", **options: Any) -> str:
-    """Create a container and start it; its engine id."""
+    """Create a container and start it; returns its engine id."""
     engine_id = await engine.create(await engine_spec(engine, name, **options))
     await engine.start(engine_id)
     return engine_id
 
 
 async def inspect_container(engine: Engine, engine_id: str) -> EngineContainer:
-    """A container that must be there, as the engine shows it."""
+    """Inspect a container that must exist."""
     container = await engine.inspect(engine_id)
     assert container is not None
     return container

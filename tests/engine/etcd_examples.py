@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -45,7 +44,7 @@ def container(name: str, **changes: object) -> Container:
 
 
 def revision(name: str, number: int) -> ContainerRevision:
-    """One of its revisions."""
+    """A revision of a container."""
     return ContainerRevision(
         container=name,
         uid=f"uid-{name}",
@@ -75,7 +74,7 @@ def volume(name: str, **changes: object) -> Volume:
 
 
 def volume_revision(name: str, number: int) -> VolumeRevision:
-    """One of its revisions."""
+    """A revision of a volume."""
     return VolumeRevision(
         volume=name,
         uid=f"uid-{name}",
@@ -108,13 +107,6 @@ def holder(name: str, operation_id: str = "") -> Holder:
 def begin_changes(operation_id: str, name: str = "web") -> list[StoreChange]:
     """The changes with which every operation begins."""
     return [Lock(ResourceKind.CONTAINER, name, operation_id), PutOperation(operation(operation_id, name), expect=0)]
-
-
-async def until(holds: Callable[[], Awaitable[object]], *, seconds: float) -> None:
-    """Wait until `holds` returns something true; raises TimeoutError after `seconds`."""
-    async with asyncio.timeout(seconds):
-        while not await holds():
-            await asyncio.sleep(0.05)
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Pytest fixtures: a store with its own prefix in the rig's etcd, and an etcd of the test's own."""
+"""Pytest fixtures: a store with its own prefix in the rig's etcd, and an embedded etcd for one test."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def store(connection: EtcdConnection, prefix: str) -> EtcdStore:
 
 @pytest_asyncio.fixture
 async def own_etcd(tmp_path: Path) -> AsyncIterator[EmbeddedEtcd]:
-    """An embedded etcd that the test may freeze and kill."""
+    """An embedded etcd that a test may freeze and kill."""
     etcd = EmbeddedEtcd(tmp_path, allow_inconsistent=True)
     await etcd.start()
     yield etcd

@@ -1,4 +1,4 @@
-"""A pool of containers, volumes and operations that random requests refer to, and the requests that are valid there.
+"""A pool of containers, volumes and operations that random requests refer to, and valid requests for each RPC.
 
 `Pool.restore` restores the pool after a request has changed it. `VALID_REQUESTS` has for each RPC the requests that the
 daemon accepts while the pool is complete.
@@ -22,9 +22,9 @@ from tests.rig import Rig
 RUNNING, STOPPED, PAUSED = "running", "stopped", "paused"
 USED_VOLUME, FREE_VOLUME = "used", "free"
 FREE_BYTES = 320 << 20
-# Somebody made this one in the engine, to be adopted.
+# A volume of the engine that AdoptVolume accepts.
 FOREIGN_VOLUME = "foreign"
-# What a call makes is called like this, with something behind it.
+# The prefix of the names of containers, volumes and tags that requests create.
 _NEW = "new-"
 
 _STATES: Mapping[str, int] = {
@@ -38,7 +38,7 @@ _MOUNT = container.Mount(volume=USED_VOLUME, target="/data")
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """What a request can refer to, beside the names above."""
+    """Identifiers in the pool that requests refer to, besides the names of this module."""
 
     operation_id: str
     gpu_uuid: str
@@ -48,54 +48,54 @@ class References:
 
     @property
     def fresh(self) -> str:
-        """A name that nothing has."""
+        """A name that is not in use."""
         return f"{_NEW}{uuid.uuid4().hex[:12]}"
 
 
 class Pool:
-    """Keeps the pool of one daemon complete."""
+    """The pool of one daemon."""
 
     def __init__(self, caller: Caller, rig: Rig) -> None:
         self._caller = caller
         self._rig = rig
 
     async def restore(self) -> References:
-        """Wait until nothing is under way, remove what is new, and put back what is missing or otherwise."""
+        """Wait until every operation has ended, delete new objects, and create those that are missing or changed."""
         caller = self._caller
         await caller.until_idle()
         listed = await caller.containers.ListContainers(containers.ListContainersRequest(page_size=1000))
-        there = {one.name: one for one in listed.containers}
-        for name, one in there.items():
-            if name not in _STATES or one.status.state != _STATES[name] or not await self._usable(one):
+        for box in listed.containers:
+            name = box.name
+            if name not in _STATES or box.status.state != _STATES[name] or not await self._is_usable(box):
                 await caller.delete(name)
         volumes = await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest(page_size=1000))
-        made = {one.name: one for one in volumes.volumes}
-        for name in made.keys() - {USED_VOLUME, FREE_VOLUME}:
+        volume_names = {volume.name for volume in volumes.volumes}
+        for name in volume_names - {USED_VOLUME, FREE_VOLUME}:
             await caller.delete_volume(name)
-        # Does nothing where there is one.
+        # The engine ignores this request if the volume exists.
         self._rig.engine.call(
             "POST", "/volumes/create", send={"Name": FOREIGN_VOLUME, "Labels": {"gpudock.adopt": "true"}}
         )
         for name, size in ((USED_VOLUME, 0), (FREE_VOLUME, FREE_BYTES)):
-            if name not in made:
+            if name not in volume_names:
                 await caller.create_volume(name, size)
         remaining = await caller.containers.ListContainers(containers.ListContainersRequest())
-        for name in _STATES.keys() - {one.name for one in remaining.containers}:
-            await self._make(name)
-        return await self._known()
+        for name in _STATES.keys() - {box.name for box in remaining.containers}:
+            await self._create(name)
+        return await self._references()
 
-    async def _usable(self, one: container.Container) -> bool:
-        """Whether requests of `VALID_REQUESTS` are taken by a container of the pool, whatever became of it."""
+    async def _is_usable(self, box: container.Container) -> bool:
+        """Whether the daemon accepts the requests of `VALID_REQUESTS` for a container of the pool."""
         return (
-            one.spec.image == IMAGE
-            and one.spec.gpus.count == 1
-            and tuple(one.spec.command) == IDLE
-            and (one.name != RUNNING or list(one.spec.mounts) == [_MOUNT])
-            and [revision.revision for revision in await self._caller.revisions(one.name)][:2] == [1, 2]
+            box.spec.image == IMAGE
+            and box.spec.gpus.count == 1
+            and tuple(box.spec.command) == IDLE
+            and (box.name != RUNNING or list(box.spec.mounts) == [_MOUNT])
+            and [revision.revision for revision in await self._caller.revisions(box.name)][:2] == [1, 2]
         )
 
-    async def _make(self, name: str) -> None:
-        """A container with two revisions, in its state."""
+    async def _create(self, name: str) -> None:
+        """Create a container with two revisions, in its state."""
         caller = self._caller
         await caller.create(name, 1, mounts=[_MOUNT] if name == RUNNING else [])
         await caller.update(name, labels={"pool": name})
@@ -104,16 +104,16 @@ class Pool:
         elif name == PAUSED:
             await caller.containers.PauseContainer(containers.PauseContainerRequest(name=name))
 
-    async def _known(self) -> References:
+    async def _references(self) -> References:
         caller = self._caller
-        ended = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1))
+        operations = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1))
         node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
-        cards = await caller.nodes.ListGpus(node_service_pb2.ListGpusRequest())
+        gpus = await caller.nodes.ListGpus(node_service_pb2.ListGpusRequest())
         listed = await caller.containers.ListContainers(containers.ListContainersRequest())
         volumes = await caller.volumes.ListVolumes(volume_service_pb2.ListVolumesRequest())
         return References(
-            operation_id=ended.operations[0].id,
-            gpu_uuid=next(card.uuid for card in cards.gpus if not card.container),
+            operation_id=operations.operations[0].id,
+            gpu_uuid=next(gpu.uuid for gpu in gpus.gpus if not gpu.container),
             node=node.name,
             container_token=listed.resume_token,
             volume_token=volumes.resume_token,
@@ -124,7 +124,7 @@ def _spec(**fields: Any) -> container.ContainerSpec:
     return container.ContainerSpec(image=IMAGE, command=IDLE, **fields)
 
 
-def _started(_: References) -> exec_pb2.ExecContainerRequest:
+def _exec_start(_: References) -> exec_pb2.ExecContainerRequest:
     request = exec_pb2.ExecContainerRequest()
     request.start.container = RUNNING
     request.start.exec_id = str(uuid.uuid4())
@@ -136,7 +136,7 @@ def _named(message: type[Message], name: str, **fields: Any) -> Callable[[Refere
     return lambda _: message(name=name, **fields)
 
 
-# For each RPC, requests that the daemon takes. Each is made at its moment, from what there is.
+# For each RPC, requests that the daemon accepts. Each is built just before it is sent, from the current references.
 VALID_REQUESTS: Mapping[str, tuple[Callable[[References], Message], ...]] = {
     "CreateContainer": (
         lambda known: containers.CreateContainerRequest(name=known.fresh, spec=_spec()),
@@ -224,7 +224,7 @@ VALID_REQUESTS: Mapping[str, tuple[Callable[[References], Message], ...]] = {
             name=RUNNING, repository="fuzzed/image", tag=known.fresh, validate_only=True
         ),
     ),
-    "ExecContainer": (_started,),
+    "ExecContainer": (_exec_start,),
     "CreateVolume": (lambda known: volume_service_pb2.CreateVolumeRequest(name=known.fresh, labels={"a": "b"}),),
     "GetVolume": (_named(volume_service_pb2.GetVolumeRequest, USED_VOLUME),),
     "ListVolumes": (lambda _: volume_service_pb2.ListVolumesRequest(page_size=1),),

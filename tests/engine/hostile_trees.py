@@ -1,4 +1,4 @@
-"""Trees as a tenant would make them to do harm, and a fingerprint of any tree that is no path long."""
+"""Trees with which a tenant could harm the daemon, and a fingerprint of a tree that needs no path names."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ _READ_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def make_nested_folders(root: int, depth: int, name: str, *, siblings: bool = False) -> None:
-    """Make folders in folders, with a file in the last one; with `siblings` there are two in each."""
-    here = os.dup(root)
+    """Make nested folders with a file in the innermost one; with `siblings` each folder has two subfolders."""
+    folder = os.dup(root)
     for _ in range(depth):
-        os.mkdir(name, dir_fd=here)
+        os.mkdir(name, dir_fd=folder)
         if siblings:
-            os.mkdir("beside", dir_fd=here)
-        below = os.open(name, _READ_FLAGS, dir_fd=here)
-        os.close(here)
-        here = below
-    _write(here, "file", b"at the bottom")
-    os.close(here)
+            os.mkdir("beside", dir_fd=folder)
+        subfolder = os.open(name, _READ_FLAGS, dir_fd=folder)
+        os.close(folder)
+        folder = subfolder
+    _write(folder, "file", b"at the bottom")
+    os.close(folder)
 
 
 def _deep(root: int) -> None:
-    """The paths of these folders together take 125 MB; at 2,200 folders a daemon that kept them took 4 GB."""
+    """The paths of these folders have 125 MB; a daemon that kept the paths of 2,200 folders used 4 GB."""
     make_nested_folders(root, 1000, "d" * 250)
 
 
 def _long_names(root: int) -> None:
-    """The path of the last one, with that of a snapshot's folder before it, is longer than PATH_MAX."""
+    """The path of the innermost folder, below a snapshot's folder, is longer than PATH_MAX."""
     make_nested_folders(root, 20, "n" * 199)
 
 
 def _forked(root: int) -> None:
-    """On its way back up, a walk has to open each of the folders again that it could not keep open."""
+    """A walk that cannot keep all folders open has to reopen each of them when it returns."""
     make_nested_folders(root, 150, "f", siblings=True)
 
 
@@ -73,7 +73,7 @@ def _attributes(root: int) -> None:
 
 
 def _devices(root: int) -> None:
-    """No container can make them: it has no CAP_MKNOD, and a whiteout is made by the kernel where a file is deleted."""
+    """No container can make these: it has no CAP_MKNOD, and the kernel makes a whiteout when a file is deleted."""
     os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3), dir_fd=root)
     os.mknod("block", stat.S_IFBLK | 0o600, os.makedev(240, 250), dir_fd=root)
     os.mknod("whiteout", stat.S_IFCHR, 0, dir_fd=root)
@@ -111,9 +111,9 @@ def _write(folder: int, name: str, content: bytes, mode: int = 0o644) -> None:
 
 
 def fingerprint(root: str) -> str:
-    """A digest of everything in a tree: names, metadata, attributes, links to one inode, contents.
+    """A digest of a tree: names, metadata, attributes, hard links and contents.
 
-    It walks by descriptors, and shares no code with what is tested.
+    It walks by descriptors, and shares no code with the tested code.
     """
     digest = hashlib.sha256()
     links: dict[int, int] = {}
@@ -162,7 +162,7 @@ def _attribute_names(path: str) -> list[str]:
 
 
 def _content(folder: int, name: str, size: int) -> str:
-    """The data of a file without its holes, each with its place."""
+    """A digest of the data of a file and its offsets, without holes."""
     digest = hashlib.sha256()
     file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
     at = 0
@@ -177,5 +177,5 @@ def _content(folder: int, name: str, size: int) -> str:
 
 
 def remove_tree(root: str) -> None:
-    """Remove what pytest cannot: shutil.rmtree calls itself for every level."""
+    """Remove a deep tree; pytest cannot, because shutil.rmtree calls itself for every level."""
     subprocess.run(["rm", "-rf", "--", root], check=True)

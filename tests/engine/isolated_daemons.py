@@ -124,7 +124,7 @@ def process_runs_in(folder: Path) -> bool:
 
 
 async def until(
-    condition: Callable[[], Awaitable[bool]], seconds: float = 15.0, *, details: Callable[[], object] = lambda: ""
+    condition: Callable[[], Awaitable[object]], seconds: float = 15.0, *, details: Callable[[], object] = lambda: ""
 ) -> None:
     """Wait until a condition holds; raises AssertionError with `details` after `limit(seconds)`."""
     deadline = time.monotonic() + limit(seconds)

@@ -19,7 +19,8 @@ from gpudock_server.model.store_changes import Lock
 from gpudock_server.startup import StartupError
 from structlog.testing import capture_logs
 
-from tests.engine.etcd_examples import begin_changes, open_connection, until
+from tests.engine.etcd_examples import begin_changes, open_connection
+from tests.engine.isolated_daemons import until
 from tests.rig import freeze
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]

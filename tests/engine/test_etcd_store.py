@@ -49,8 +49,8 @@ from tests.engine.etcd_examples import (
     open_connection,
     operation,
     revision,
-    until,
 )
+from tests.engine.isolated_daemons import until
 from tests.rig import Rig
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]

@@ -21,7 +21,8 @@ from gpudock_server.adapters.etcd.values import encode
 from gpudock_server.adapters.host.process_identity import ProcessIdentity, identify
 from gpudock_server.model.node import NodeRecord
 
-from tests.engine.etcd_examples import EXAMPLE_TIME, until
+from tests.engine.etcd_examples import EXAMPLE_TIME
+from tests.engine.isolated_daemons import until
 from tests.rig.patience import limit
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
@@ -66,7 +67,7 @@ async def test_a_node_is_registered_while_its_daemon_runs(
     # The node is registered again after an operator has deleted the key, and after the lease has expired in an outage.
     for harm in (connection.txn(success=[messages.delete(Keys(prefix).node("n1"))]), connection.revoke(lease._lease)):
         await harm
-        await until(store.nodes, seconds=limit(10))
+        await until(store.nodes, 10)
     await lease.close()
     assert await store.nodes() == ()
 

@@ -16,7 +16,8 @@ from gpudock_server.model.operation import OperationKind, OperationState
 from gpudock_server.model.store_changes import DeleteContainer, PutContainer, PutOperation, StoreChange
 from structlog.testing import capture_logs
 
-from tests.engine.etcd_examples import container, open_connection, operation, until
+from tests.engine.etcd_examples import container, open_connection, operation
+from tests.engine.isolated_daemons import until
 from tests.rig.etcd_filler import EtcdFiller
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
