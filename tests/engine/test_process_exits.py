@@ -1,4 +1,4 @@
-"""Processes that end at once, and crash loops."""
+"""Processes that exit immediately after their start, and crash loops."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ UNLESS_STOPPED = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY
 
 
 def sh(script: str) -> tuple[str, ...]:
-    """A command that is a shell's."""
+    """A command that runs a shell script."""
     return ("sh", "-c", script)
 
 
 @pytest_asyncio.fixture
-async def attentive(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
-    """Calls a daemon that watches each process for so long that none that ends at once is missed."""
+async def watching_caller(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
+    """Calls a daemon that watches each new process for 3 s, so that it notices every immediate exit."""
     daemon = await daemons.start("--settle-period", f"{limit(3):.1f}", "--start-watch-period", f"{limit(3):.1f}")
     async with Caller(daemon.target) as caller:
         yield caller
@@ -41,50 +41,52 @@ async def attentive(daemons: IsolatedDaemons) -> AsyncIterator[Caller]:
     assert "Traceback" not in daemon.log_text, daemon.log_text
 
 
-# -- processes that end at once --------------------------------------------------------------------------------------
+# -- immediate exits -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delay", deep_except([""], ["", "sleep 0.03;", "sleep 0.1;"]))
 @pytest.mark.parametrize("code", [0, 3])
-async def test_one_that_ends_at_once_is_exited_whatever_started_it(attentive: Caller, delay: str, code: int) -> None:
+async def test_a_container_that_exits_immediately_is_exited_after_every_kind_of_start(
+    watching_caller: Caller, delay: str, code: int
+) -> None:
     command = sh(f"{delay} exit {code}")
-    made = await attentive.create("brief", 1, command=command)
-    again = await attentive.start("brief")
-    restarted = await attentive.restart("brief")
-    moved = await attentive.start("brief", 2)
-    cloned = await attentive.clone("brief", "copy")
-    for container in (made, again, restarted, moved, cloned):
+    created = await watching_caller.create("brief", 1, command=command)
+    started = await watching_caller.start("brief")
+    restarted = await watching_caller.restart("brief")
+    with_more_gpus = await watching_caller.start("brief", 2)
+    clone = await watching_caller.clone("brief", "copy")
+    for container in (created, started, restarted, with_more_gpus, clone):
         assert container.status.state == EXITED
         assert container.status.exit_code == code
         assert container.status.HasField("exit_code")
         assert container.status.holds_resources
-    assert len(moved.status.gpu_uuids) == 2
+    assert len(with_more_gpus.status.gpu_uuids) == 2
 
 
 @pytest.mark.deep
-async def test_without_a_watch_each_start_is_reported_as_running_and_its_end_after_it(caller: Caller) -> None:
-    async def ended() -> bool:
+async def test_without_a_watch_period_a_start_returns_running_and_the_exit_follows(caller: Caller) -> None:
+    async def has_exited() -> bool:
         status = (await caller.get("brief")).status
         return status.state == EXITED and status.exit_code == 3
 
-    shown = [await caller.create("brief", 1, command=sh("exit 3"))]
+    started_containers = [await caller.create("brief", 1, command=sh("exit 3"))]
     for _ in range(6):
-        await until(ended)
-        shown.append(await caller.start("brief"))
-        shown.append(await caller.restart("brief"))
-        await until(ended)
+        await until(has_exited)
+        started_containers.append(await caller.start("brief"))
+        started_containers.append(await caller.restart("brief"))
+        await until(has_exited)
         await caller.stop("brief")
-        shown.append(await caller.start("brief"))
-    shown += [await caller.clone("brief", f"copy-{number}") for number in range(6)]
-    await until(ended)
-    for container in shown:
+        started_containers.append(await caller.start("brief"))
+    started_containers += [await caller.clone("brief", f"copy-{number}") for number in range(6)]
+    await until(has_exited)
+    for container in started_containers:
         assert container.status.state == RUNNING
         assert not container.status.HasField("exit_code")
         assert not container.status.message
         assert container.status.holds_resources
 
 
-async def test_a_crash_loop_that_was_stopped_is_not_said_to_be_started_again(caller: Caller) -> None:
+async def test_the_message_of_a_stopped_crash_loop_is_empty(caller: Caller) -> None:
     async def restarting() -> bool:
         status = (await caller.get("ended")).status
         return status.state == RESTARTING and "restarting by restart policy" in status.message
@@ -95,15 +97,15 @@ async def test_a_crash_loop_that_was_stopped_is_not_said_to_be_started_again(cal
         assert (status.state, status.exit_code, status.message) == (STOPPED, 3, "")
 
 
-async def test_without_a_watch_a_crash_loop_is_reported_as_running_and_restarting_after_it(caller: Caller) -> None:
+async def test_without_a_watch_period_a_crash_loop_is_running_and_then_restarting(caller: Caller) -> None:
     async def restarting() -> bool:
         return (await caller.get("loop")).status.state == RESTARTING
 
-    made = await caller.create("loop", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
+    created = await caller.create("loop", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
     await until(restarting)
-    again = await caller.restart("loop")
+    started = await caller.restart("loop")
     await until(restarting)
-    for container in (made, again):
+    for container in (created, started):
         assert container.status.state == RUNNING
         assert container.status.restart_count == 0
         assert not container.status.HasField("exit_code")
@@ -111,25 +113,27 @@ async def test_without_a_watch_a_crash_loop_is_reported_as_running_and_restartin
 
 @pytest.mark.deep
 @pytest.mark.parametrize("delay", ["", "sleep 0.1;"])
-async def test_one_that_ends_at_once_does_not_take_the_place_of_one_that_runs(attentive: Caller, delay: str) -> None:
-    # It ends at once with two cards or with `BAD`, and else runs.
-    idle = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
-    command = sh(f'case "$NVIDIA_VISIBLE_DEVICES$BAD" in *,*|*bad) {delay} exit 3;; esac; {idle}')
-    await attentive.create("steady", 1, command=command, env={"BAD": "bad"})
-    await attentive.update("steady", "env")
-    before = await attentive.start("steady")
+async def test_a_successor_that_exits_immediately_does_not_replace_the_old_container(
+    watching_caller: Caller, delay: str
+) -> None:
+    # The process exits immediately if it has two GPUs or the variable BAD.
+    run_idle = "trap 'exit 0' TERM; while :; do sleep 0.1; done"
+    command = sh(f'case "$NVIDIA_VISIBLE_DEVICES$BAD" in *,*|*bad) {delay} exit 3;; esac; {run_idle}')
+    await watching_caller.create("steady", 1, command=command, env={"BAD": "bad"})
+    await watching_caller.update("steady", "env")
+    before = await watching_caller.start("steady")
     assert before.status.state == RUNNING
     changes = (
-        partial(attentive.update, "steady", env={"BAD": "bad"}),
-        partial(attentive.scale, "steady", 2),
-        partial(attentive.rollback, "steady", 1, spec_only=True),
-        partial(attentive.rollback, "steady", 1),
+        partial(watching_caller.update, "steady", env={"BAD": "bad"}),
+        partial(watching_caller.scale, "steady", 2),
+        partial(watching_caller.rollback, "steady", 1, spec_only=True),
+        partial(watching_caller.rollback, "steady", 1),
     )
     for change in changes:
         refused = await failure(change())
         assert refused.reason == "START_FAILED"
         assert "exited with code 3" in refused.message
-        after = await attentive.get("steady")
+        after = await watching_caller.get("steady")
         assert after.status.state == RUNNING
         assert after.status.engine_id == before.status.engine_id
         assert after.spec == before.spec
@@ -138,42 +142,44 @@ async def test_one_that_ends_at_once_does_not_take_the_place_of_one_that_runs(at
 # -- crash loops -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_crash_loop_is_restarting_and_says_how_it_ended(attentive: Caller) -> None:
-    made = await attentive.create("loop", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
-    assert made.status.state == RESTARTING
+async def test_a_crash_loop_is_restarting_with_its_last_exit_code(watching_caller: Caller) -> None:
+    created = await watching_caller.create("loop", 1, command=sh("exit 3"), restart_policy=UNLESS_STOPPED)
+    assert created.status.state == RESTARTING
     for _ in range(40):
-        status = (await attentive.get("loop")).status
+        status = (await watching_caller.get("loop")).status
         assert status.state == RESTARTING
         assert status.exit_code == 3
         assert "exited with code 3" in status.message
         assert status.HasField("finish_time")
         assert len(status.gpu_uuids) == 1
         await asyncio.sleep(0.05)
-    assert (await attentive.get("loop")).status.restart_count > 1
-    listed = await attentive.containers.ListContainers(
+    assert (await watching_caller.get("loop")).status.restart_count > 1
+    listed = await watching_caller.containers.ListContainers(
         container_service_pb2.ListContainersRequest(
             filter=container_service_pb2.ContainerFilter(states=[RESTARTING, STOPPED])
         )
     )
     assert [container.name for container in listed.containers] == ["loop"]
-    assert (await attentive.restart("loop")).status.state == RESTARTING
-    stopped = await attentive.stop("loop")
+    assert (await watching_caller.restart("loop")).status.state == RESTARTING
+    stopped = await watching_caller.stop("loop")
     assert stopped.status.state == STOPPED
     assert stopped.status.exit_code == 3
-    assert (await attentive.start("loop")).status.state == RESTARTING
+    assert (await watching_caller.start("loop")).status.state == RESTARTING
 
 
-async def test_one_that_its_policy_started_again_runs_in_the_end(caller: Caller, rig: Rig) -> None:
+async def test_a_process_that_its_policy_restarted_is_running_with_its_previous_exit_code(
+    caller: Caller, rig: Rig
+) -> None:
     once = sh("test -e /ran || { touch /ran; sleep 0.3; exit 4; }; trap 'exit 0' TERM; while :; do sleep 0.1; done")
-    made = await caller.create("second", 1, command=once, restart_policy=UNLESS_STOPPED)
+    created = await caller.create("second", 1, command=once, restart_policy=UNLESS_STOPPED)
 
-    async def settled() -> bool:
+    async def runs_again() -> bool:
         status = (await caller.get("second")).status
         return status.state == RUNNING and status.restart_count == 1
 
-    await until(settled)
+    await until(runs_again)
     status = (await caller.get("second")).status
     assert not status.HasField("exit_code")
     assert "previous exit code 4" in status.message
-    assert status.engine_id == made.status.engine_id
+    assert status.engine_id == created.status.engine_id
     assert docker_inspect(rig, status.engine_id)["RestartCount"] == 1

@@ -1,4 +1,4 @@
-"""The engine killed and started again, and the machine rebooted: what was free stays free, what was held comes back."""
+"""The engine is killed and restarted, or the machine rebooted: containers start again and keep their claims."""
 
 from __future__ import annotations
 
@@ -27,63 +27,66 @@ ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_AL
 ON_FAILURE = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_ON_FAILURE)
 UNLESS_STOPPED = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_UNLESS_STOPPED)
 NEVER = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_NO)
-# Ends with a failure when it is asked to end, so that the engine starts it again whenever it gets the chance.
-SULKS = ("sh", "-c", "trap 'exit 3' TERM INT; while :; do sleep 3600 & wait $!; done")
+# Exits with a failure on SIGTERM, so that the engine restarts it after its own restart.
+EXITS_WITH_FAILURE = ("sh", "-c", "trap 'exit 3' TERM INT; while :; do sleep 3600 & wait $!; done")
 
 
-async def _people(caller: Caller) -> dict[str, container_pb2.Container]:
-    """One of each kind: what runs, what comes back by itself, what was stopped, what comes back though it was."""
-    made = {
+async def _create_containers(caller: Caller) -> dict[str, container_pb2.Container]:
+    """Create containers that the engine starts again, that it does not, and stopped ones that it starts wrongly.
+
+    The GPUs of `unlucky`, which is stopped, are claimed by `winner`; those of `lucky` stay free.
+    """
+    containers = {
         "stays": await caller.create("stays", 1, restart_policy=ALWAYS),
         "ends": await caller.create("ends", 1),
         "stopped": await caller.create("stopped", 1, restart_policy=ALWAYS),
-        "lucky": await caller.create("lucky", 1, command=SULKS, restart_policy=ON_FAILURE),
-        "unlucky": await caller.create("unlucky", 4, command=SULKS, restart_policy=ON_FAILURE),
+        "lucky": await caller.create("lucky", 1, command=EXITS_WITH_FAILURE, restart_policy=ON_FAILURE),
+        "unlucky": await caller.create("unlucky", 4, command=EXITS_WITH_FAILURE, restart_policy=ON_FAILURE),
     }
     for name in ("stopped", "lucky", "unlucky"):
         await caller.stop(name)
     winner = await caller.create("winner", 3, restart_policy=ALWAYS)
-    assert set(winner.status.gpu_uuids) & {*made["unlucky"].status.gpu_uuids}
-    return made | {"winner": winner}
+    assert set(winner.status.gpu_uuids) & {*containers["unlucky"].status.gpu_uuids}
+    return containers | {"winner": winner}
 
 
-async def _as_they_should_be(caller: Caller, rig: Rig, before: dict[str, container_pb2.Container]) -> None:
+async def _check_after_restart(caller: Caller, rig: Rig, before: dict[str, container_pb2.Container]) -> None:
     for name in ("stays", "winner"):
         await until_state(caller, name, RUNNING, 60)
         assert (await caller.get(name)).status.gpu_uuids == before[name].status.gpu_uuids
     await until_state(caller, "ends", EXITED, 60)
     await until_state(caller, "stopped", STOPPED, 60)
 
-    async def consistent() -> bool:
+    async def claims_match_engine() -> bool:
         await caller.until_idle()
         holders = await caller.holders()
         for name in before:
             container = await caller.get(name)
-            held = {uuid for uuid, holder in holders.items() if holder == name}
-            if held != {*container.status.gpu_uuids}:
+            claimed = {uuid for uuid, holder in holders.items() if holder == name}
+            if claimed != {*container.status.gpu_uuids}:
                 return False
-            runs = docker_inspect(rig, container.status.engine_id)["State"]["Running"]
-            if runs and not (container.status.holds_resources and container.status.state == RUNNING):
+            running = docker_inspect(rig, container.status.engine_id)["State"]["Running"]
+            if running and not (container.status.holds_resources and container.status.state == RUNNING):
                 return False
         return True
 
-    await until(consistent, 60)
+    await until(claims_match_engine, 60)
     holders = list((await caller.holders()).values())
-    assert holders.count("ends") == 1, "what ended by itself keeps its cards"
+    assert holders.count("ends") == 1, "an exited container keeps its GPUs"
     assert holders.count("stopped") == 0
     assert (await caller.get("unlucky")).status.state == STOPPED
     assert "unlucky" not in holders
 
 
 @pytest.mark.timeout(240)
-async def test_an_engine_that_is_killed_and_comes_back(fragile_rig: Rig) -> None:
+async def test_containers_and_claims_are_right_after_a_restart_of_the_engine(fragile_rig: Rig) -> None:
     daemon = await fragile_rig.start_daemon(*FAST_FLAGS, *own_state_flags())
     try:
         async with Caller(daemon.target) as caller:
-            before = await _people(caller)
+            before = await _create_containers(caller)
             await asyncio.to_thread(fragile_rig.engine.kill9)
             await asyncio.to_thread(fragile_rig.engine.start)
-            await _as_they_should_be(caller, fragile_rig, before)
+            await _check_after_restart(caller, fragile_rig, before)
             assert "Traceback" not in daemon.log_text, daemon.log_text
             await caller.delete_all()
     finally:
@@ -91,7 +94,7 @@ async def test_an_engine_that_is_killed_and_comes_back(fragile_rig: Rig) -> None
 
 
 def _set_policy_on_disk(rig: Rig, container: container_pb2.Container, policy: str) -> None:
-    """Change what an engine that is down will read when it starts."""
+    """Change the restart policy in the file that a stopped engine reads when it starts."""
     file = rig.engine.data_root / "containers" / container.status.engine_id / "hostconfig.json"
     config = json.loads(file.read_text())
     config["RestartPolicy"] = {"Name": policy, "MaximumRetryCount": 0}
@@ -99,14 +102,14 @@ def _set_policy_on_disk(rig: Rig, container: container_pb2.Container, policy: st
 
 
 @pytest.mark.timeout(240)
-async def test_what_a_killed_engine_forgets_to_start_is_started(fragile_rig: Rig) -> None:
-    """Docker 20.10.24 does so now and then, when it is busy; here it is made to, by the policy that it reads."""
+async def test_containers_that_a_killed_engine_did_not_start_again_are_started(fragile_rig: Rig) -> None:
+    """A busy Docker 20.10.24 sometimes does not start containers; here a changed policy file makes it do so."""
     flags = ("--start-retry-pause", "1", *FAST_FLAGS, *own_state_flags())
     daemon = await fragile_rig.start_daemon(*flags)
-    made = {
+    containers = {
         "always": (ALWAYS, IDLE),
         "unless-stopped": (UNLESS_STOPPED, IDLE),
-        "failed": (ON_FAILURE, SULKS),
+        "failed": (ON_FAILURE, EXITS_WITH_FAILURE),
         "succeeded": (ON_FAILURE, IDLE),
         "no-policy": (NEVER, IDLE),
         "by-hand": (UNLESS_STOPPED, IDLE),
@@ -115,7 +118,7 @@ async def test_what_a_killed_engine_forgets_to_start_is_started(fragile_rig: Rig
         async with Caller(daemon.target) as caller:
             before = {
                 name: await caller.create(name, 1, restart_policy=policy, command=command)
-                for name, (policy, command) in made.items()
+                for name, (policy, command) in containers.items()
             }
             await asyncio.to_thread(engine_action, fragile_rig, before["by-hand"].status.engine_id, "stop?t=1")
             await until_state(caller, "by-hand", EXITED)
@@ -138,16 +141,16 @@ async def test_what_a_killed_engine_forgets_to_start_is_started(fragile_rig: Rig
 
 
 def _parent(pid: int) -> int:
-    """The process that a process belongs to; 1 where the one that started it has ended."""
+    """The parent of a process; 1 if the process that started it has ended."""
     return int(Path(f"/proc/{pid}/status").read_text().partition("\nPPid:")[2].split()[0])
 
 
 async def _reboot(rig: Rig, daemon: Daemon) -> None:
-    """Everything dies at once, and none of it in order."""
+    """Kill the daemon, the engine, every container and etcd, and start etcd and the engine."""
     pids = [
         docker_inspect(rig, container["Id"])["State"]["Pid"] for container in rig.engine.call("GET", "/containers/json")
     ]
-    # The engine's shim of each container: one that outlives its container's kill would report it to the next engine.
+    # The shims too: a shim that outlives its container reports the exit to the next engine, unlike after a reboot.
     shims = [_parent(pid) for pid in pids]
     assert 1 not in shims
     daemon.kill9()
@@ -161,16 +164,16 @@ async def _reboot(rig: Rig, daemon: Daemon) -> None:
 
 
 @pytest.mark.timeout(240)
-async def test_a_machine_that_is_rebooted(fragile_rig: Rig) -> None:
+async def test_containers_and_claims_are_right_after_a_reboot(fragile_rig: Rig) -> None:
     flags = (*FAST_FLAGS, *own_state_flags())
     daemon = await fragile_rig.start_daemon(*flags)
     async with Caller(daemon.target) as caller:
-        before = await _people(caller)
+        before = await _create_containers(caller)
     await _reboot(fragile_rig, daemon)
     daemon = await fragile_rig.start_daemon(*flags, state_dir=daemon.state_dir, socket=daemon.socket)
     try:
         async with Caller(daemon.target) as caller:
-            await _as_they_should_be(caller, fragile_rig, before)
+            await _check_after_restart(caller, fragile_rig, before)
             assert not [
                 finding for finding in await list_drift(caller) if finding.container not in ("lucky", "unlucky")
             ]

@@ -1,10 +1,9 @@
-"""etcd put back to an earlier state, by its data folder: what the engine has is newer than what the store says."""
+"""Restore of etcd's data from a backup: the engine's containers are newer than the records."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,17 +13,17 @@ from gpudock.v1 import container_pb2, operation_pb2, operation_service_pb2
 
 from tests.calls import Caller, failure, progress_of
 from tests.engine.drift import (
-    REPAIRED,
     engine_container_names,
     list_drift,
     wait_for_drift,
     wait_for_drift_log,
     wait_for_passes,
 )
-from tests.engine.isolated_daemons import IsolatedDaemons, daemons, process_runs_in, until
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons
+from tests.engine.store_loss import EmbeddedStoreDaemon
 from tests.faults.instrumented_daemon import DIE_AT, KIND
 from tests.faults.invariants import SHOW_FILES, WRITE_FILES, require_absent, require_consistent
-from tests.rig import Daemon, Rig
+from tests.rig import Rig
 
 __all__ = ["daemons"]
 
@@ -32,74 +31,48 @@ RUNNING = container_pb2.CONTAINER_STATE_RUNNING
 STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 FAILED = container_pb2.CONTAINER_STATE_FAILED
 PORT = container_pb2.PortRequest(container_port=80)
-QUICK = ("--orphan-grace", "0", "--reconcile-interval", "0.5")
 
 
-class Restorable:
-    """A daemon with an etcd of its own, whose state can be saved and put back while neither runs."""
+class RestorableDaemon(EmbeddedStoreDaemon):
+    """A daemon whose state can be saved and restored once."""
 
-    def __init__(self, daemons: IsolatedDaemons, saved: Path) -> None:
-        self._own = daemons
-        self._saved = saved
-        self._daemon: Daemon | None = None
-
-    async def start(self, module: str = "gpudock_server", environment: Mapping[str, str] | None = None) -> Daemon:
-        """Start it, on the state that the one before left."""
-        self._daemon = await self._own.start(
-            *QUICK, after=self._daemon, etcd_endpoints="", module=module, environment=environment
-        )
-        return self._daemon
-
-    @property
-    def daemon(self) -> Daemon:
-        """The latest."""
-        assert self._daemon is not None
-        return self._daemon
-
-    async def stop(self) -> None:
-        """Stop it and its etcd."""
-        await asyncio.to_thread(self.daemon.stop)
+    def __init__(self, daemons: IsolatedDaemons, backup: Path) -> None:
+        super().__init__(daemons)
+        self._backup = backup
 
     def save(self) -> None:
-        """Make a backup; it must not run."""
-        shutil.copytree(self.daemon.state_dir, self._saved, ignore=shutil.ignore_patterns("*.sock*"))
+        """Save the state; neither etcd nor the daemon may run."""
+        self.save_state(self._backup)
 
-    def put_back(self) -> None:
-        """Restore the backup; it must not run."""
-        shutil.rmtree(self.daemon.state_dir)
-        shutil.copytree(self._saved, self.daemon.state_dir)
-
-    async def saved(self) -> None:
-        """Stop, make a backup, start."""
-        await self.stop()
+    async def restart_and_save(self) -> None:
+        """Stop the daemon, save its state, and start a successor."""
+        await asyncio.to_thread(self.daemon.stop)
         self.save()
         await self.start()
 
-    async def restored(self) -> None:
-        """Stop, restore the backup, start."""
-        await self.stop()
-        self.put_back()
-        await self.start()
+    async def restore(self) -> None:
+        """Stop the daemon, restore the saved state, and start a successor."""
+        await self.restart_from(self._backup)
 
 
 @pytest.fixture
-def restorable(daemons: IsolatedDaemons, tmp_path: Path) -> Restorable:
-    """A daemon whose state can be put back."""
-    return Restorable(daemons, tmp_path / "saved")
+def restorable(daemons: IsolatedDaemons, tmp_path: Path) -> RestorableDaemon:
+    """A daemon, not started yet, whose state can be saved and restored."""
+    return RestorableDaemon(daemons, tmp_path / "backup")
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(180)
-async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Rig) -> None:
-    daemon = await restorable.start()
-    async with Caller(daemon.target) as caller:
+async def test_changes_since_the_backup_are_restored_from_the_engine(restorable: RestorableDaemon, rig: Rig) -> None:
+    await restorable.start()
+    async with Caller(restorable.daemon.target) as caller:
         await caller.create("scaled", 2, ports=[PORT])
         await caller.shell("scaled", WRITE_FILES)
         files = await caller.shell("scaled", SHOW_FILES)
         await caller.create("deleted", 1)
         await caller.create("replaced", 1)
         await caller.create("same", 1)
-    await restorable.saved()
+    await restorable.restart_and_save()
     async with Caller(restorable.daemon.target) as caller:
         await caller.scale("scaled", 1)
         scaled = await caller.scale("scaled", 3)
@@ -110,32 +83,36 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
         await caller.create("idle", 1)
         await caller.stop("idle")
         same = await caller.get("same")
-    await restorable.restored()
+    await restorable.restore()
     async with Caller(restorable.daemon.target) as caller:
-        # All of this is so when it begins to serve, before anything can be given away.
+        # All records are restored when the daemon begins to serve, before a GPU or port can be allocated.
         await wait_for_drift_log(restorable.daemon, "CONTAINER_NEWER", "scaled")
-        seen = await require_consistent(caller, rig, "scaled", files)
-        assert (seen.uid, seen.revision, seen.spec, seen.status.gpu_uuids, seen.status.ports) == (
-            *(scaled.uid, 3, scaled.spec, scaled.status.gpu_uuids, scaled.status.ports),
-        )
-        assert seen.etag != scaled.etag
+        container = await require_consistent(caller, rig, "scaled", files)
+        assert (
+            container.uid,
+            container.revision,
+            container.spec,
+            container.status.gpu_uuids,
+            container.status.ports,
+        ) == (*(scaled.uid, 3, scaled.spec, scaled.status.gpu_uuids, scaled.status.ports),)
+        assert container.etag != scaled.etag
         assert (await caller.get("later")).spec == later.spec
         await require_consistent(caller, rig, "later")
         assert (await caller.get("same")).status == same.status
         idle = await caller.get("idle")
         assert (idle.status.state, idle.status.holds_resources) == (STOPPED, False)
-        # Deleted is deleted: what the backup knows of it has no engine container.
+        # The backup has a record of the deleted container, which has no engine container any more.
         assert (await caller.get("deleted")).status.state == FAILED
-        # Its name is taken by what the backup has under it; nothing is removed, and deleting that gives it back.
+        # The backup's container has the name of the new one. The new one is kept, and restored when the old is deleted.
         assert (await caller.get("replaced")).status.state == FAILED
         finding = await wait_for_drift(caller, "CONTAINER_UNKNOWN")
         assert (finding.container, finding.container_uid) == ("replaced", new.uid)
         await wait_for_passes(caller)
         await caller.delete("replaced")
-        await wait_for_drift(caller, "RECORD_LOST", REPAIRED, container="replaced")
+        await wait_for_drift_log(restorable.daemon, "RECORD_LOST", "replaced")
         await require_consistent(caller, rig, "replaced")
         assert (await caller.get("replaced")).uid == new.uid
-        # And everything goes on from there.
+        # Every container can be changed, with the next revision number.
         assert (await caller.scale("scaled", 2)).revision == 4
         assert await caller.shell("scaled", SHOW_FILES) == files
         assert (await caller.rollback("scaled", 3, spec_only=True)).spec == scaled.spec
@@ -153,38 +130,31 @@ async def test_what_has_changed_since_the_backup(restorable: Restorable, rig: Ri
 _Call: TypeAlias = Callable[[Caller], Awaitable[object]]
 
 
-async def _begun(restorable: Restorable, kind: str, die_at: int, prepare: _Call, act_on: _Call) -> bool:
-    """Kill the daemon at a moment of an operation and save what its store then has; whether it was killed."""
-    daemon = await restorable.start("tests.faults.instrumented_daemon", {KIND: kind, DIE_AT: str(die_at)})
-    async with Caller(daemon.target) as caller:
+async def _save_during(restorable: RestorableDaemon, kind: str, die_at: int, prepare: _Call, operate: _Call) -> None:
+    """Kill the daemon at a moment of an operation of a kind, and save its state."""
+    await restorable.start(module="tests.faults.instrumented_daemon", environment={KIND: kind, DIE_AT: str(die_at)})
+    async with Caller(restorable.daemon.target) as caller:
         await prepare(caller)
-        try:
-            await act_on(caller)
-        except grpc.aio.AioRpcError as error:
-            assert error.code() is grpc.StatusCode.UNAVAILABLE, error  # noqa: PT017 (any other code is the failure)
-        else:
-            return False
-    assert await asyncio.to_thread(daemon.wait) == -9, daemon.log_text
-
-    async def etcd_gone() -> bool:
-        return not process_runs_in(daemon.state_dir)
-
-    # It ends in order when its daemon dies.
-    await until(etcd_gone)
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await operate(caller)
+    assert raised.value.code() is grpc.StatusCode.UNAVAILABLE, raised.value
+    assert await asyncio.to_thread(restorable.daemon.wait) == -9, restorable.daemon.log_text
+    await restorable.wait_for_etcd_exit()
     restorable.save()
-    return True
 
 
 async def _nothing(_: Caller) -> None:
-    return
+    """No preparation."""
 
 
-# Moments of the operation: before its records and its calls to the engine.
+# `die_at` counts the moments of the operation: before its records and before its calls to the engine.
 @pytest.mark.deep
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("die_at", range(2, 12, 2))
-@pytest.mark.parametrize("then", ["ended", "scaled again", "deleted"])
-async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int, then: str) -> None:
+@pytest.mark.parametrize("later", ["ended", "scaled", "deleted"])
+async def test_a_backup_from_the_middle_of_a_scale(
+    restorable: RestorableDaemon, rig: Rig, die_at: int, later: str
+) -> None:
     files = ""
 
     async def prepare(caller: Caller) -> None:
@@ -193,39 +163,41 @@ async def test_a_scale_that_the_backup_has_under_way(restorable: Restorable, rig
         await caller.shell("victim", WRITE_FILES)
         files = await caller.shell("victim", SHOW_FILES)
 
-    assert await _begun(restorable, "SCALE", die_at, prepare, lambda caller: caller.scale("victim", 3))
+    await _save_during(restorable, "SCALE", die_at, prepare, lambda caller: caller.scale("victim", 3))
     await restorable.start()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
         await require_consistent(caller, rig, "victim", files)
-        if then == "scaled again":
+        if later == "scaled":
             await caller.scale("victim", 1)
-        elif then == "deleted":
+        elif later == "deleted":
             await caller.delete("victim")
-    await restorable.restored()
+    await restorable.restore()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
         await wait_for_passes(caller)
-        if then == "deleted":
+        if later == "deleted":
             assert (await caller.get("victim")).status.state == FAILED
             await caller.delete("victim")
             await require_absent(caller, rig, "victim")
         else:
-            seen = await require_consistent(caller, rig, "victim", files)
-            assert seen.spec.gpus.count == (1 if then == "scaled again" else 3)
+            container = await require_consistent(caller, rig, "victim", files)
+            assert container.spec.gpus.count == (1 if later == "scaled" else 3)
         assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
 
 
 # The moment at which a create has recorded the engine container that it made.
-_MADE = 5
+_ENGINE_CONTAINER_RECORDED = 5
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("die_at", [2, 3, _MADE])
-@pytest.mark.parametrize("then", ["ended", "scaled", "stopped", "deleted"])
-async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int, then: str) -> None:
-    assert await _begun(restorable, "CREATE", die_at, _nothing, lambda caller: caller.create("victim", 2, ports=[PORT]))
+@pytest.mark.parametrize("die_at", [2, 3, _ENGINE_CONTAINER_RECORDED])
+@pytest.mark.parametrize("later", ["ended", "scaled", "stopped", "deleted"])
+async def test_a_backup_from_the_middle_of_a_create(
+    restorable: RestorableDaemon, rig: Rig, die_at: int, later: str
+) -> None:
+    await _save_during(restorable, "CREATE", die_at, _nothing, lambda caller: caller.create("victim", 2, ports=[PORT]))
     await restorable.start()
     files = ""
     async with Caller(restorable.daemon.target) as caller:
@@ -237,26 +209,26 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
             "stopped": lambda: caller.stop("victim"),
             "deleted": lambda: caller.delete("victim"),
         }
-        if then in steps:
-            await steps[then]()
-    await restorable.restored()
+        if later in steps:
+            await steps[later]()
+    await restorable.restore()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
         await wait_for_passes(caller)
-        # An interrupted operation goes forward: who asked for the container gets it, though it was deleted since. But
-        # where it had made the engine container already, that is gone: then it fails, and nothing is left.
-        lost = then == "deleted" and die_at == _MADE
+        # The interrupted create is completed, though the container was deleted later. If the create had recorded its
+        # engine container, which the deletion removed, it fails and nothing is left.
+        lost = later == "deleted" and die_at == _ENGINE_CONTAINER_RECORDED
         if lost:
             await require_absent(caller, rig, "victim")
-        elif then == "deleted":
+        elif later == "deleted":
             await require_consistent(caller, rig, "victim")
-        elif then == "stopped":
+        elif later == "stopped":
             assert (await caller.get("victim")).status.state in (RUNNING, STOPPED)
             await caller.start("victim")
             await require_consistent(caller, rig, "victim", files)
         else:
             assert (await require_consistent(caller, rig, "victim", files)).spec.gpus.count == (
-                3 if then == "scaled" else 2
+                3 if later == "scaled" else 2
             )
         assert "Traceback" not in restorable.daemon.log_text, restorable.daemon.log_text
         listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
@@ -272,17 +244,17 @@ async def test_a_create_that_the_backup_has_under_way(restorable: Restorable, ri
 @pytest.mark.deep
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("die_at", [2, 3])
-async def test_a_delete_that_the_backup_has_under_way(restorable: Restorable, rig: Rig, die_at: int) -> None:
+async def test_a_backup_from_the_middle_of_a_delete(restorable: RestorableDaemon, rig: Rig, die_at: int) -> None:
     async def prepare(caller: Caller) -> None:
         await caller.create("victim", 2, ports=[PORT])
 
-    assert await _begun(restorable, "DELETE", die_at, prepare, lambda caller: caller.delete("victim"))
+    await _save_during(restorable, "DELETE", die_at, prepare, lambda caller: caller.delete("victim"))
     await restorable.start()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
         await require_absent(caller, rig, "victim")
         new = await caller.create("victim", 1)
-    await restorable.restored()
+    await restorable.restore()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
         await wait_for_passes(caller)
@@ -290,21 +262,21 @@ async def test_a_delete_that_the_backup_has_under_way(restorable: Restorable, ri
 
 
 @pytest.mark.timeout(120)
-async def test_a_stop_that_the_backup_has_under_way(restorable: Restorable, rig: Rig) -> None:
+async def test_a_backup_from_the_middle_of_a_stop(restorable: RestorableDaemon, rig: Rig) -> None:
     async def prepare(caller: Caller) -> None:
         await caller.create("victim", 2)
 
-    assert await _begun(restorable, "STOP", 2, prepare, lambda caller: caller.stop("victim"))
+    await _save_during(restorable, "STOP", 2, prepare, lambda caller: caller.stop("victim"))
     await restorable.start()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
         await caller.start("victim", 3)
         await caller.shell("victim", WRITE_FILES)
         files = await caller.shell("victim", SHOW_FILES)
-    await restorable.restored()
+    await restorable.restore()
     async with Caller(restorable.daemon.target) as caller:
         await caller.until_idle()
-        # It was made again with other cards since: the stop was of one that is no more.
+        # The engine container has been replaced since, with other GPUs: the stop is obsolete.
         stops = operation_service_pb2.OperationFilter(kinds=[operation_pb2.OPERATION_KIND_STOP_CONTAINER])
         request = operation_service_pb2.ListOperationsRequest(filter=stops)
         (stop,) = (await caller.operations.ListOperations(request)).operations
