@@ -17,7 +17,7 @@ from tests.calls import Caller, iterate
 from tests.rig import GLIBC, Daemon, RigError
 
 _NAME = "bench"
-# GRPC_EXPERIMENTS as README.md recommends for large output; and none, whatever this process has.
+# GRPC_EXPERIMENTS as README.md recommends for large output, and without any.
 _LEAN = "-event_engine_client"
 _NONE = ""
 

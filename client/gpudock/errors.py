@@ -119,7 +119,7 @@ class Unauthenticated(GpudockError):
 
 
 class PermissionDenied(GpudockError):
-    """The caller is not permitted to do this, or nobody is."""
+    """This caller is not permitted to do this, or no caller is."""
 
 
 class Unimplemented(GpudockError):

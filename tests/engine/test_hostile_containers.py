@@ -29,7 +29,7 @@ def _inside(daemons: IsolatedDaemons, container: container_pb2.Container, path: 
 
 
 @pytest.mark.parametrize("shape", ["deep", "long names", "many links", "sparse", "odd files"])
-async def test_whatever_is_in_a_layer_it_moves_whole_or_is_refused(daemons: IsolatedDaemons, shape: str) -> None:
+async def test_a_layer_with_any_content_moves_complete_or_is_refused(daemons: IsolatedDaemons, shape: str) -> None:
     daemon = await daemons.start("--settle-period", "0")
     async with Caller(daemon.target) as caller:
         first = await caller.create("hostile", 1)

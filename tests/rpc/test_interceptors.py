@@ -325,7 +325,7 @@ async def test_a_mutation_leaves_one_audit_line(channel: grpc.aio.Channel, probe
     assert expected.items() <= lines[0].items()
 
 
-async def test_an_audit_line_is_short_whatever_the_request_is(channel: grpc.aio.Channel) -> None:
+async def test_an_audit_line_is_short_for_any_request(channel: grpc.aio.Channel) -> None:
     with capture_logs() as logged:
         await call(channel, "OneToOne", requests=[Message(name="é" * 500_000, request_id="7" * 500_000)])
     (line,) = [line for line in logged if line["event"] == "call"]

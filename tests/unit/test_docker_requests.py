@@ -105,7 +105,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("env", [{}, dict.fromkeys(SWITCHES, "enabled"), dict.fromkeys(SWITCHES, "all")])
-def test_switches_of_the_toolkit_are_off_whatever_the_spec_says(env: dict[str, str]) -> None:
+def test_switches_of_the_toolkit_are_off_for_any_spec(env: dict[str, str]) -> None:
     env_request = dict(line.split("=", 1) for line in create_request(env=env, gpus=("GPU-1",))["Env"])
     assert env_request == {**SWITCHES, "NVIDIA_VISIBLE_DEVICES": "GPU-1"}
 

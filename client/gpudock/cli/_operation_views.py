@@ -71,7 +71,7 @@ def plan_details(item: OperationPlan) -> str:
             ("of now", ", ".join(item.candidate_gpu_uuids)),
             ("ports to claim", ", ".join(map(binding, item.ports_to_claim))),
             (
-                "files are carried by",
+                "files are transferred by",
                 enum_name(LayerCarryMethod, item.carry_method).lower() if item.carry_method else "",
             ),
             ("files are kept as", enum_name(SnapshotKind, item.snapshot).lower() if item.snapshot else ""),

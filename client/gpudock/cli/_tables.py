@@ -1,7 +1,7 @@
 """Tables and lists of fields as text.
 
 At a terminal they fit its width: columns that may wrap continue on further lines, and nothing is cut off while the
-others fit. Anywhere else each row is one line as wide as its content, whatever COLUMNS says, so that scripts can parse
+others fit. Anywhere else each row is one line as wide as its content, for any COLUMNS, so that scripts can parse
 it. rich is imported only when something is rendered: the command has to start fast.
 """
 

@@ -47,7 +47,7 @@ class EngineVolumeNotFound(VolumeNotFound):
 
 @dataclass(eq=False)
 class AdoptionForbidden(GpudockError):
-    """An engine volume of this kind cannot be adopted, whatever the settings allow."""
+    """An engine volume of this kind cannot be adopted with any settings."""
 
     code = Code.PERMISSION_DENIED
     reason = "ADOPTION_FORBIDDEN"

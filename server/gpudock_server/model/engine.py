@@ -208,7 +208,7 @@ class NodeLimits:
 
 @dataclass(frozen=True, slots=True)
 class ContainerDefaults:
-    """Options of the node's operator that apply to every engine container, whatever its spec says.
+    """Options of the node's operator that apply to every engine container, with any spec.
 
     A spec or an image may set `allowed_nvidia_switches`; all others are disabled.
     """

@@ -26,7 +26,7 @@ class ExecSession(Protocol):
     """A process that exec started in a container, with its streams. Raises EngineUnavailable, EngineRejected."""
 
     def read(self) -> AsyncIterator[tuple[ExecStream, bytes]]:
-        """Iterate over the output; ends when the process has closed it. The process blocks while nobody reads."""
+        """Iterate over the output; ends when the process closes it. The process blocks if the output is not read."""
         ...
 
     async def write(self, data: bytes) -> None:

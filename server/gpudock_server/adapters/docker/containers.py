@@ -366,7 +366,7 @@ async def _finish_creation(creation: Coroutine[Any, Any, str]) -> str:
     except asyncio.CancelledError:
         await asyncio.wait((task,), timeout=_CREATE_GRACE_SECONDS)
         task.cancel()
-        # Retrieve the result, which nobody needs any more.
+        # Retrieve the result, which is no longer needed.
         await asyncio.gather(task, return_exceptions=True)
         raise
     finally:

@@ -31,7 +31,7 @@ _EXIT_NOT_FOUND: Final = 127
 # Ctrl-D. At the beginning of a line it ends the input, elsewhere it ends the line.
 _END_OF_INPUT: Final = b"\x04"
 # The engine drops a TTY session in which these keys are typed, and holds back the first key until the next one. The
-# default, ctrl-p ctrl-q, would delay ctrl-p, which shells use; nobody types this sequence.
+# default, ctrl-p ctrl-q, would delay ctrl-p, which shells use; users do not type this sequence.
 _DETACH_KEYS: Final = "ctrl-@,ctrl-^,ctrl-@,ctrl-_"
 
 

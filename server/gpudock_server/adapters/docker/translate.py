@@ -66,7 +66,7 @@ def create_request(engine_spec: EngineContainerSpec, defaults: ContainerDefaults
 
 def _environment(spec: ContainerSpec, placement: Placement, defaults: ContainerDefaults) -> list[str]:
     # Always set, and after the user's variables. A container's environment overrides its image's, so neither a user nor
-    # an image that sets "all" gets GPUs that were not claimed, whatever the engine's default runtime is.
+    # an image that sets "all" gets GPUs that were not claimed, with any default runtime of the engine.
     forced = enforced_environment(placement.gpu_uuids, defaults.allowed_nvidia_switches)
     return [f"{name}={value}" for name, value in {**spec.env, **forced}.items()]
 

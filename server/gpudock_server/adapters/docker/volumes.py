@@ -45,7 +45,7 @@ class VolumeCalls:
         """Create a volume of the `local` driver, or return the existing one with the same LABEL_UID and options.
 
         Raises VolumeExists for any other volume of this name: the engine answers a create request for an existing name
-        with the existing volume, whatever its options and labels are.
+        with the existing volume, with any options and labels.
         """
         call = "create a volume"
         body = {"Name": name, "Driver": "local", "DriverOpts": dict(driver_options), "Labels": dict(labels)}

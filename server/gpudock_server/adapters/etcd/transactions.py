@@ -50,7 +50,7 @@ class Transaction:
         self._compiled = [compile_change(change, keys, operations) for change in changes]
         self._lease = 0
         self._backoff = Backoff(deadline)
-        # Whatever this transaction writes gets a revision higher than all revisions known before it.
+        # Every key that this transaction writes gets a revision higher than all revisions known before it.
         self._before = connection.revision
         self._outcome_unknown = False
         self._no_space: CallFailed | None = None

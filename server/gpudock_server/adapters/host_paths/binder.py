@@ -5,7 +5,7 @@
 The engine resolves the source of a bind mount at every start of a container, including restarts by its restart policy.
 A container that can write to a folder can replace an entry of it by a symbolic link to `/`, so the engine must not get
 a path through such a folder. It gets a bind mount of the file or folder that the daemon opened when it checked the
-path, which stays the same whatever is renamed.
+path, which stays the same when folders are renamed.
 
 The bind targets are below /run, which is empty after a boot: until a path is bound again its target does not exist, so
 the engine cannot start the container. Below the state directory an empty folder would be mounted instead, and deleting

@@ -106,7 +106,7 @@ class ClaimReconciler:
         return ContainerView(container, version, view.operation_id)
 
     async def claim_for_orphans(self, orphans: Sequence[Orphan], report_drift: ReportDrift) -> None:
-        """Claim the GPUs and ports that running orphans without a record use, so that nobody else gets them.
+        """Claim the GPUs and ports that running orphans without a record use, so that no other container gets them.
 
         Each is claimed in a transaction of its own, since others may hold some of them.
         """
