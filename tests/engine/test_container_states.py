@@ -1,4 +1,4 @@
-"""Which mutation is allowed in which state, and what comes of it: what the comments of the contract promise."""
+"""Every mutation in every state of a container: allowed with the next state, or refused, as the contract says."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import grpc.aio
 import pytest
 from gpudock.v1 import container_pb2, container_service_pb2
-from gpudock_server.model.container import ContainerState as Recorded
+from gpudock_server.model.container import ContainerState as RecordedState
 from gpudock_server.model.store_changes import PutContainer
 
 from tests.calls import IDLE, Caller, failure_of
 from tests.engine.drift import docker_inspect, engine_action, state_of
-from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until, until_state
+from tests.engine.isolated_daemons import IsolatedDaemons, daemons, read_to_end, until, until_state
 from tests.rig import EngineProxy, Rig
 from tests.rig.patience import limit
 from tests.selection import deep_except
@@ -24,7 +24,7 @@ __all__ = ["daemons"]
 
 NAME = "subject"
 UNLESS_STOPPED = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_UNLESS_STOPPED)
-GONE = "gone"
+ABSENT = "gone"
 
 
 def _pause(caller: Caller) -> Awaitable[Any]:
@@ -55,8 +55,8 @@ MUTATIONS: dict[str, Callable[[Caller], Awaitable[Any]]] = {
     "delete with force": lambda caller: caller.delete(NAME),
 }
 
-# The state that it is in afterwards, or the reason of the error.
-TABLE: dict[str, dict[str, str]] = {
+# State -> mutation -> the state afterwards (ABSENT if deleted), or the reason of the error.
+OUTCOMES: dict[str, dict[str, str]] = {
     "RUNNING": dict.fromkeys(MUTATIONS, "RUNNING")
     | {
         "pause": "PAUSED",
@@ -64,7 +64,7 @@ TABLE: dict[str, dict[str, str]] = {
         "delete": "CONTAINER_RUNNING",
         "start with gpus": "CONTAINER_RUNNING",
         "stop": "STOPPED",
-        "delete with force": GONE,
+        "delete with force": ABSENT,
     },
     "PAUSED": dict.fromkeys(MUTATIONS, "CONTAINER_PAUSED")
     | {
@@ -75,7 +75,7 @@ TABLE: dict[str, dict[str, str]] = {
         "delete": "CONTAINER_RUNNING",
         "restart": "RUNNING",
         "stop": "STOPPED",
-        "delete with force": GONE,
+        "delete with force": ABSENT,
     },
     "STOPPED": dict.fromkeys(MUTATIONS, "STOPPED")
     | {
@@ -83,11 +83,11 @@ TABLE: dict[str, dict[str, str]] = {
         "scale gpus": "CONTAINER_NOT_RUNNING",
         "pause": "CONTAINER_NOT_RUNNING",
         "unpause": "CONTAINER_NOT_PAUSED",
-        "delete": GONE,
+        "delete": ABSENT,
         "start": "RUNNING",
         "start with gpus": "RUNNING",
         "restart": "RUNNING",
-        "delete with force": GONE,
+        "delete with force": ABSENT,
     },
     "RESTARTING": dict.fromkeys(MUTATIONS, "RESTARTING")
     | {
@@ -100,20 +100,20 @@ TABLE: dict[str, dict[str, str]] = {
         "delete": "CONTAINER_RUNNING",
         "start with gpus": "CONTAINER_RUNNING",
         "stop": "STOPPED",
-        "delete with force": GONE,
+        "delete with force": ABSENT,
     },
 }
-TABLE["EXITED"] = {
-    mutation: "EXITED" if outcome == "STOPPED" else outcome for mutation, outcome in TABLE["STOPPED"].items()
+OUTCOMES["EXITED"] = {
+    mutation: "EXITED" if outcome == "STOPPED" else outcome for mutation, outcome in OUTCOMES["STOPPED"].items()
 }
-# Its engine container is there again: it is as the engine shows it.
-TABLE["FAILED"] = TABLE["EXITED"]
-# An operation is at work. An exec is none, and has nothing to wait for.
-BUSY = dict.fromkeys(MUTATIONS, "CONTAINER_BUSY") | {"exec": "CONTAINER_NOT_RUNNING"}
+# A FAILED container whose engine container exists again gets the state of the engine.
+OUTCOMES["FAILED"] = OUTCOMES["EXITED"]
+# Another operation holds the lock of the container. An exec needs no lock, but a running process.
+OUTCOMES_WHILE_LOCKED = dict.fromkeys(MUTATIONS, "CONTAINER_BUSY") | {"exec": "CONTAINER_NOT_RUNNING"}
 
 
 async def outcome_of(call: Awaitable[Any]) -> str:
-    """The reason of its error; empty where it succeeds."""
+    """The reason of the error of a call; empty if it succeeds."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -123,56 +123,58 @@ async def outcome_of(call: Awaitable[Any]) -> str:
     return ""
 
 
-async def state_now(caller: Caller) -> str:
-    """The state of the container, or that it is gone."""
+async def current_state(caller: Caller) -> str:
+    """The state of the container; ABSENT if it does not exist."""
     listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
     state = next((one.status.state for one in listed.containers if one.name == NAME), None)
     if state is None:
-        return GONE
+        return ABSENT
     return container_pb2.ContainerState.Name(state).removeprefix("CONTAINER_STATE_")
 
 
 class Subject:
-    """The container that everything is done to."""
+    """The container that the mutations are called for."""
 
     def __init__(self, caller: Caller, rig: Rig, fail: Callable[[], Awaitable[None]]) -> None:
-        """`fail` records it as FAILED."""
+        """`fail` records the container as FAILED."""
         self._caller = caller
         self._rig = rig
         self._fail = fail
 
-    async def bring(self, state: str) -> None:
-        """Make it anew, at revision 2 and in a state."""
+    async def create_in_state(self, state: str) -> None:
+        """Delete the container, and create it at revision 2 in a state."""
         caller = self._caller
-        if await state_now(caller) != GONE:
+        if await current_state(caller) != ABSENT:
             await caller.delete(NAME)
-        loops = state == "RESTARTING"
-        fields: dict[str, Any] = {"command": ("sh", "-c", "exit 3"), "restart_policy": UNLESS_STOPPED} if loops else {}
+        crashes = state == "RESTARTING"
+        fields: dict[str, Any] = (
+            {"command": ("sh", "-c", "exit 3"), "restart_policy": UNLESS_STOPPED} if crashes else {}
+        )
         await caller.create(NAME, **({"command": IDLE} | fields))
-        made = await caller.update(NAME, labels={"team": "vision"})
+        created = await caller.update(NAME, labels={"team": "vision"})
         match state:
             case "PAUSED":
                 await _pause(caller)
             case "STOPPED" | "FAILED":
                 await caller.stop(NAME)
             case "EXITED":
-                await asyncio.to_thread(engine_action, self._rig, made.status.engine_id, "kill")
+                await asyncio.to_thread(engine_action, self._rig, created.status.engine_id, "kill")
         if state == "FAILED":
-            # An event of the stop may still come, and the record follows the engine then.
-            while await state_now(caller) != state:
+            # A late event of the stop makes the daemon record the state of the engine.
+            while await current_state(caller) != state:
                 await self._fail()
                 await asyncio.sleep(0.1)
         await self.await_state(state)
 
     async def await_state(self, state: str) -> None:
-        """Wait until it is shown in a state."""
-        if state == GONE:
-            assert await state_now(self._caller) == GONE
+        """Wait until the container is in a state."""
+        if state == ABSENT:
+            assert await current_state(self._caller) == ABSENT
         else:
             await until_state(self._caller, NAME, container_pb2.ContainerState.Value(f"CONTAINER_STATE_{state}"))
 
-    async def between_runs(self) -> None:
-        """Wait until the engine waits to start it, and will for a while."""
+    async def wait_for_restart_delay(self) -> None:
+        """Wait until the engine waits before its next restart; the delay is long after several restarts."""
         engine_id = (await self._caller.get(NAME)).status.engine_id
 
         async def waits() -> bool:
@@ -183,38 +185,37 @@ class Subject:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("state", deep_except(["RUNNING"], TABLE))
-async def test_what_a_state_allows(daemons: IsolatedDaemons, rig: Rig, state: str) -> None:
-    # A record that was put there by hand has to stay; and a process that crashes has to be seen to, also on a busy
-    # machine.
-    settle = ("--settle-period", f"{limit(1):.1f}") if state == "RESTARTING" else ()
-    daemon = await daemons.start("--reconcile-interval", "600", *settle)
+@pytest.mark.parametrize("state", deep_except(["RUNNING"], OUTCOMES))
+async def test_mutations_in_each_state(daemons: IsolatedDaemons, rig: Rig, state: str) -> None:
+    # A comparison must not replace the FAILED record. A process that crashes may take longer than FAST_FLAGS allow.
+    flags = ("--settle-period", f"{limit(1):.1f}") if state == "RESTARTING" else ()
+    daemon = await daemons.start("--reconcile-interval", "600", *flags)
 
     async def fail() -> None:
-        async with state_of(daemons, rig) as kept:
-            view = await kept.store.container(NAME)
+        async with state_of(daemons, rig) as stored:
+            view = await stored.store.container(NAME)
             assert view is not None
-            failed = view.container.with_status(state=Recorded.FAILED, message="it was lost for a while")
-            await kept.store.apply([PutContainer(failed, expect=view.version)])
+            failed = view.container.with_status(state=RecordedState.FAILED, message="it was lost for a while")
+            await stored.store.apply([PutContainer(failed, expect=view.version)])
 
     async with Caller(daemon.target) as caller:
         subject = Subject(caller, rig, fail)
-        wrong = []
-        for mutation, expected in TABLE[state].items():
-            if await state_now(caller) != state:
-                await subject.bring(state)
+        violations = []
+        for mutation, expected in OUTCOMES[state].items():
+            if await current_state(caller) != state:
+                await subject.create_in_state(state)
             if (state, mutation) == ("RESTARTING", "exec"):
-                await subject.between_runs()
+                await subject.wait_for_restart_delay()
             reason = await outcome_of(MUTATIONS[mutation](caller))
-            allowed = expected == GONE or expected in {one.value for one in Recorded}
+            allowed = expected == ABSENT or expected in {one.value for one in RecordedState}
             if reason != ("" if allowed else expected):
-                wrong.append(f"{mutation}: {reason or await state_now(caller)} instead of {expected}")
+                violations.append(f"{mutation}: {reason or await current_state(caller)} instead of {expected}")
                 continue
-            # What is refused, or undone, leaves it as it was.
+            # A refused or undone mutation leaves the state unchanged.
             await subject.await_state(expected if allowed else state)
             if mutation == "clone" and not reason:
                 await caller.delete("copy")
-        assert not wrong, f"{state}: {wrong}"
+        assert not violations, f"{state}: {violations}"
         await caller.delete_all()
     assert "Traceback" not in daemon.log_text, daemon.log_text
 
@@ -222,7 +223,7 @@ async def test_what_a_state_allows(daemons: IsolatedDaemons, rig: Rig, state: st
 @pytest.mark.parametrize(
     ("state", "call"), [("CREATING", ("POST", "/containers/create")), ("DELETING", ("DELETE", "/containers/[0-9a-f]+"))]
 )
-async def test_nothing_is_done_to_one_that_is_being_created_or_deleted(
+async def test_mutations_are_refused_during_create_and_delete(
     daemons: IsolatedDaemons, engine_proxy: EngineProxy, state: str, call: tuple[str, str]
 ) -> None:
     daemon = await daemons.start(docker_host=engine_proxy.url)
@@ -230,18 +231,13 @@ async def test_nothing_is_done_to_one_that_is_being_created_or_deleted(
         if state == "DELETING":
             await caller.create(NAME)
         hang = engine_proxy.faults.hang(*call)
-        work = asyncio.ensure_future(caller.create(NAME) if state == "CREATING" else caller.delete(NAME))
+        operation = asyncio.ensure_future(caller.create(NAME) if state == "CREATING" else caller.delete(NAME))
         await hang.hit.wait()
-        assert await state_now(caller) == state
-        found = {mutation: await outcome_of(make(caller)) for mutation, make in MUTATIONS.items()}
-        assert found == BUSY
-        plan = container_service_pb2.ScaleContainerRequest(name=NAME, cpus=0.5, validate_only=True)
-        assert await outcome_of(_drained(caller.containers.ScaleContainer(plan))) == "CONTAINER_BUSY"
+        assert await current_state(caller) == state
+        outcomes = {mutation: await outcome_of(make(caller)) for mutation, make in MUTATIONS.items()}
+        assert outcomes == OUTCOMES_WHILE_LOCKED
+        request = container_service_pb2.ScaleContainerRequest(name=NAME, cpus=0.5, validate_only=True)
+        assert await outcome_of(read_to_end(caller.containers.ScaleContainer(request))) == "CONTAINER_BUSY"
         hang.release()
-        await work
+        await operation
         await caller.delete_all()
-
-
-async def _drained(stream: Any) -> None:
-    async for _ in stream:
-        pass
