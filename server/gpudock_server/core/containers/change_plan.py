@@ -1,25 +1,20 @@
-"""Plans a change of a container: in place or with a new engine container, what is claimed, and what it costs.
+"""Decides how a container is changed, and records the decision as a ChangePlan. No input or output.
 
-Start, restart, scale, update and rollback each give a `DesiredState`. This module makes the draft for all of them, and
-one saga (`change_saga`) carries it out.
+Start, restart, scale, update and rollback each give a `DesiredState`. `choose_method` decides the method,
+`change_draft` looks up the rest, `change_saga` carries the plan out, and `validate_only` shows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeVar
 
-from gpudock_server.core.containers.change_arguments import ChangeArguments, SuccessorFiles, SuccessorSource
-from gpudock_server.core.containers.change_saga import ChangeSaga, ContainerChanges
-from gpudock_server.core.containers.history import prunable_revisions
-from gpudock_server.core.containers.limits import check_limits
+from pydantic import model_validator
+
 from gpudock_server.core.containers.snapshots import SnapshotArguments
-from gpudock_server.core.listings import mounts_volume
-from gpudock_server.core.operations.saga import OperationDraft
-from gpudock_server.core.placement.allocator import AllocationRequest, Allocator
-from gpudock_server.core.volumes.engine_volumes import require_same_engine_volumes
-from gpudock_server.errors import ContainerNotRunning, RestartRequired
-from gpudock_server.model.claims import ClaimKey
+from gpudock_server.model.claims import ClaimKey, claim_keys
 from gpudock_server.model.container import (
     ACTIVE_STATES,
     Container,
@@ -28,20 +23,78 @@ from gpudock_server.model.container import (
     Placement,
     RevisionCause,
 )
-from gpudock_server.model.engine import NodeLimits, RegistryAuth
+from gpudock_server.model.engine import RegistryAuth
 from gpudock_server.model.operation import LayerTransferMethod, OperationKind, OperationPlan
+from gpudock_server.model.record import JsonObject, Record
+from gpudock_server.model.snapshot import Snapshot, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec, SnapshotPolicy
-from gpudock_server.model.store_changes import PutContainer, RequireVolumeVersion
-from gpudock_server.ports import ContainerView, LayerTransferPlan, VolumeView
+from gpudock_server.ports import LayerTransferPlan
 
-_CAUSES = {
-    OperationKind.RESTART: RevisionCause.RESTARTED,
-    OperationKind.UPDATE: RevisionCause.UPDATED,
-    OperationKind.ROLLBACK: RevisionCause.ROLLED_BACK,
-}
-# These only start a process and replace no running one: its exit does not fail the operation.
-_MAY_END = (OperationKind.START, OperationKind.RESTART)
+# The limits that the engine changes without a new process.
 _LIMITS = ("cpus", "memory_bytes", "pids_limit", "restart_policy")
+# What the arguments of an older version had in the place of `method`, `old_state`, `runs` and `allowed_exits`.
+_FLAGS = ("replace", "stop", "start", "limits", "was_running", "frozen", "must_live", "may_end", "verify")
+_T = TypeVar("_T")
+
+
+class ChangeMethod(StrEnum):
+    """How a container is changed.
+
+    IN_PLACE: its process, if it has one, goes on. RESTART: its engine container is stopped, if it runs, and started.
+    REPLACE: a new engine container, the successor, takes the place of the old one.
+    """
+
+    IN_PLACE = "IN_PLACE"
+    RESTART = "RESTART"
+    REPLACE = "REPLACE"
+
+
+class SuccessorFiles(StrEnum):
+    """A successor's files: of the old engine container, a revision or the image; GRAFT: the old on another image."""
+
+    CARRY = "CARRY"
+    RESTORE = "RESTORE"
+    FRESH = "FRESH"
+    GRAFT = "GRAFT"
+
+
+class AllowedExits(StrEnum):
+    """The exit codes with which a process may exit while its start is watched; any other fails the change."""
+
+    NONE = "NONE"
+    ZERO = "ZERO"
+    ANY = "ANY"
+
+
+class SuccessorSource(Record):
+    """Where a successor and its files come from.
+
+    `image_id`: the image that the successor is created from, or grafted on. Empty: the image of the old engine
+    container; for FRESH and GRAFT, the image that is pulled first (`present_id` is the image that has the name before).
+    `revision`: the revision whose files are restored from `snapshot`. `fetch`: the engine no longer has `image_id`, the
+    image of that revision, which is pulled first.
+    """
+
+    files: SuccessorFiles = SuccessorFiles.CARRY
+    image_id: str = ""
+    present_id: str = ""
+    pull_stall_seconds: float | None = None
+    base_image_id: str = ""
+    revision: int = 0
+    snapshot: Snapshot | None = None
+    fetch: bool = False
+    bytes_to_move: int = 0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def pulls(self) -> bool:
+        """Whether the image that the user named is pulled first."""
+        return self.files in (SuccessorFiles.FRESH, SuccessorFiles.GRAFT) and not self.image_id
+
+    @property
+    def restores_tree(self) -> bool:
+        """Whether files are copied from a snapshot; a snapshot that is an image already has them."""
+        return self.snapshot is not None and self.snapshot.kind is SnapshotKind.TREE
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,193 +113,161 @@ class DesiredState:
     live: bool = False
     chooses_gpus: bool = False
     stop_timeout: float | None = None
-    must_live: bool = False
     snapshots: SnapshotPolicy | None = None
     source: SuccessorSource = field(default_factory=SuccessorSource)
     registry_auth: RegistryAuth | None = None
 
+    def starts(self, container: Container) -> bool:
+        """Whether a process is started even if the engine container stays the same."""
+        return self.runs and (self.restart or container.status.state not in ACTIVE_STATES)
 
-@dataclass(frozen=True, slots=True)
-class ChangePlanner:
-    """Plans all kinds of changes of a container."""
+    def keeps_process(self, container: Container, engine: EngineBinding) -> bool:
+        """Whether the container runs and nothing in the request needs a new process.
 
-    changes: ContainerChanges
-    allocator: Allocator
-    limits: NodeLimits
-
-    async def draft(self, view: ContainerView, desired: DesiredState) -> OperationDraft:
-        """Draft the operation that brings a container to the desired state. Raises if the change is not possible."""
-        container = view.container
-        engine, status = container.engine, container.status
-        if engine is None:
-            raise ContainerNotRunning(container=container.name, state=status.state.value)
-        check_limits(self.limits, desired.spec, previous=container.spec)
-        placement, to_claim = await self._placement(container, engine, desired)
-        active = status.state in ACTIVE_STATES
-        starts = desired.runs and (desired.restart or not active)
-        replace = not _keeps_process(container, engine, desired) and _needs_successor(engine, desired, placement)
-        if replace and desired.live:
-            raise RestartRequired(container=container.name, changes=("gpus",))
-        # The engine resolves the host paths of an engine container of an older version itself, at every start.
-        replace = replace or (starts and await self.changes.engine_containers.has_unbound_host_paths(container))
-        carry = LayerTransferPlan(method=LayerTransferMethod.NONE)
-        added: tuple[VolumeView, ...] = ()
-        if replace:
-            volumes = await self.changes.mounts.check(desired.spec.mounts, previous=container.spec.mounts)
-            await self._require_same_volumes(container, engine, desired.spec, volumes)
-            added = tuple(volume_view for volume_view in volumes if not mounts_volume(view, volume_view.volume.name))
-            if desired.source.files in (SuccessorFiles.CARRY, SuccessorFiles.GRAFT):
-                carry = await self._plan_layer_transfer(container, engine, desired.source.files)
-        elif starts:
-            # Checked here so that a failure comes before anything is stopped.
-            await self.changes.mounts.check_before_start(desired.spec.mounts)
-        cause = _CAUSES.get(desired.kind, RevisionCause.SCALED) if desired.spec != container.spec or replace else None
-        keep, prunes = SnapshotArguments(), False
-        if cause is not None:
-            revisions = await self.changes.history.revisions(container.uid)
-            commits = carry.method is LayerTransferMethod.COMMIT
-            keep = await self.changes.snapshots.plan(container, desired.snapshots, revisions, commits=commits)
-            # `>=` because the change adds one revision.
-            limits = self.changes.history.limits(desired.spec)
-            prunes = len(revisions) >= limits.keep_revisions or bool(prunable_revisions(revisions, limits))
-        arguments = ChangeArguments(
-            old=engine,
-            # The saga needs only the stop settings and limits of the old spec; fields that can be large are left out.
-            old_spec=container.spec.changed(labels={}, env={}),
-            old_placement=status.placement,
-            spec=desired.spec,
-            placement=placement,
-            revision=container.revision + (cause is not None),
-            was_running=active,
-            frozen=status.state is ContainerState.PAUSED,
-            stop=active and (replace or desired.restart),
-            start=starts or (desired.runs and replace),
-            replace=replace,
-            limits=_changes(container.spec, desired.spec, _LIMITS),
-            carry=carry.method,
-            source=desired.source,
-            keep=keep,
-            prunes=prunes,
-            stop_timeout=desired.stop_timeout,
-            must_live=desired.must_live,
-            may_end=desired.kind in _MAY_END,
-            verify=self.changes.engine_containers.watches_starts,
-            cause=cause,
-            owner=container.owner,
-            authenticated=desired.registry_auth is not None,
-        )
-        return OperationDraft(
-            kind=desired.kind,
-            target=container.target,
-            target_record=PutContainer(container, expect=view.version),
-            arguments=arguments.model_dump(mode="json"),
-            plan=_plan(arguments, carry, container),
-            claims=self.changes.claims.claim(container, to_claim),
-            # The record protects the volumes that the container mounts already. Added volumes are not in the record
-            # before the commit, so they are locked until then against deletion.
-            locks=[volume_view.volume.target for volume_view in added],
-            conditions=[RequireVolumeVersion(volume_view.volume.name, volume_view.version) for volume_view in added],
-            build=lambda operation: ChangeSaga(self.changes, operation, desired.registry_auth),
-        )
-
-    async def _require_same_volumes(
-        self, container: Container, engine: EngineBinding, spec: ContainerSpec, volumes: Sequence[VolumeView]
-    ) -> None:
-        """Raise VolumeDiffers if a successor would mount another engine volume for the same volume."""
-        if any(mount.volume for mount in container.spec.mounts):
-            engine_container = await self.changes.engine.inspect(engine.engine_id)
-            if engine_container is not None:
-                mounts = container.spec.mounts
-                require_same_engine_volumes(
-                    container.name,
-                    engine_container,
-                    mounts,
-                    spec.mounts,
-                    [volume_view.volume for volume_view in volumes],
-                )
-
-    async def _placement(
-        self, container: Container, engine: EngineBinding, desired: DesiredState
-    ) -> tuple[Placement, tuple[ClaimKey, ...]]:
-        """The placement after the change, and its new claims. A container that will not run keeps its placement."""
-        if not desired.runs or _keeps_process(container, engine, desired):
-            return container.status.placement, ()
-        request = AllocationRequest(
-            uid=container.uid,
-            gpus=desired.spec.gpus,
-            ports=desired.spec.ports,
-            current=container.status.placement,
-            previous=engine.placement,
-        )
-        allocation = await self.allocator.allocate(request)
-        return allocation.placement, allocation.to_claim
-
-    async def _plan_layer_transfer(
-        self, container: Container, engine: EngineBinding, files: SuccessorFiles
-    ) -> LayerTransferPlan:
-        engine_container = await self.changes.engine.inspect(engine.engine_id)
-        if engine_container is None:
-            raise ContainerNotRunning(container=container.name, state=ContainerState.FAILED.value)
-        # Files can be put on another image only as a layer that the engine committed.
-        return await (
-            self.changes.layers.commit_plan(engine_container)
-            if files is SuccessorFiles.GRAFT
-            else self.changes.layers.plan(engine_container)
+        The container then keeps its GPUs, even unhealthy ones: replacing a GPU restarts the process, which is only done
+        if the request names the GPUs or restarts the process anyway.
+        """
+        before, after = container.spec, self.spec
+        return (
+            self.runs
+            and not self.starts(container)
+            and not (self.recreate or self.chooses_gpus)
+            and self.source.files is SuccessorFiles.CARRY
+            and (before.gpus, before.ports) == (after.gpus, after.ports)
+            and engine.fixed_digest == after.fixed_digest
         )
 
 
-def _keeps_process(container: Container, engine: EngineBinding, desired: DesiredState) -> bool:
-    """Whether the container runs and nothing in the request needs a new process.
+def choose_method(
+    container: Container,
+    engine: EngineBinding,
+    desired: DesiredState,
+    placement: Placement,
+    *,
+    unbound_host_paths: bool,
+) -> ChangeMethod:
+    """The strategy: keep the process if possible, else the engine container, else replace the engine container.
 
-    The container then keeps its GPUs, even unhealthy ones: replacing a GPU restarts the process, which is only done if
-    the request names the GPUs or restarts the process anyway.
+    `placement`: the GPUs and ports after the change. `unbound_host_paths`: the engine container is of an older version,
+    and the engine itself would resolve its host paths at a start.
     """
-    before, after = container.spec, desired.spec
-    return (
-        desired.runs
-        and container.status.state in ACTIVE_STATES
-        and not (desired.restart or desired.recreate or desired.chooses_gpus)
-        and desired.source.files is SuccessorFiles.CARRY
-        and (before.gpus, before.ports) == (after.gpus, after.ports)
-        and engine.fixed_digest == after.fixed_digest
-    )
-
-
-def _needs_successor(engine: EngineBinding, desired: DesiredState, placement: Placement) -> bool:
+    if desired.keeps_process(container, engine):
+        return ChangeMethod.IN_PLACE
     if desired.recreate or desired.source.files is not SuccessorFiles.CARRY:
-        return True
-    if desired.runs:
-        return not engine.matches(desired.spec, placement)
-    # A stopped container gets its GPUs and ports at its next start, which creates a successor if they differ.
-    return engine.fixed_digest != desired.spec.fixed_digest
+        return ChangeMethod.REPLACE
+    if not desired.runs:
+        # A stopped container gets its GPUs and ports at its next start, which replaces it if they differ.
+        same = engine.fixed_digest == desired.spec.fixed_digest
+        return ChangeMethod.IN_PLACE if same else ChangeMethod.REPLACE
+    if not engine.matches(desired.spec, placement):
+        return ChangeMethod.REPLACE
+    if not desired.starts(container):
+        return ChangeMethod.IN_PLACE
+    return ChangeMethod.REPLACE if unbound_host_paths else ChangeMethod.RESTART
 
 
-def _changes(before: ContainerSpec, after: ContainerSpec, fields: Sequence[str]) -> bool:
-    return any(getattr(before, name) != getattr(after, name) for name in fields)
+class ChangePlan(Record):
+    """All that a change of a container does. The operation records it, and its saga is rebuilt from it.
+
+    `old`, `old_state`, `old_spec`, `old_placement`: the container when the operation began. `spec`, `placement`,
+    `revision`: the container after it. `cause` None: no new revision. `runs`: a process runs after the change.
+    `allowed_exits`: with which exits the started process does not fail the change; None: no process is watched.
+    `source`, `transfer`: where a successor and its files come from, and how the old writable layer gets there. `keep`:
+    how the files of the old revision are kept. `prunes`: old revisions are pruned. `stop_timeout`: seconds; None: that
+    of the spec. `authenticated`: a pull has credentials, which are not recorded.
+    """
+
+    method: ChangeMethod
+    old: EngineBinding
+    old_state: ContainerState
+    old_spec: ContainerSpec
+    old_placement: Placement
+    spec: ContainerSpec
+    placement: Placement
+    revision: int
+    cause: RevisionCause | None = None
+    runs: bool
+    allowed_exits: AllowedExits | None = None
+    source: SuccessorSource = SuccessorSource()
+    transfer: LayerTransferPlan = LayerTransferPlan(method=LayerTransferMethod.NONE)
+    keep: SnapshotArguments = SnapshotArguments()
+    prunes: bool = False
+    stop_timeout: float | None = None
+    owner: str = ""
+    authenticated: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_record(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _with_method(data) if "replace" in data else data
+
+    @property
+    def stops_process(self) -> bool:
+        """Whether the process of the old engine container is stopped."""
+        return self.old_state in ACTIVE_STATES and self.method is not ChangeMethod.IN_PLACE
+
+    @property
+    def starts_process(self) -> bool:
+        """Whether a process is started, by the old engine container or by the successor."""
+        return self.runs and self.method is not ChangeMethod.IN_PLACE
+
+    @property
+    def changes_limits(self) -> bool:
+        """Whether the limits of the engine container change in place."""
+        return any(getattr(self.old_spec, name) != getattr(self.spec, name) for name in _LIMITS)
+
+    @property
+    def claimed(self) -> tuple[ClaimKey, ...]:
+        """The GPUs and ports that the container does not have before the change."""
+        return _without(claim_keys(self.placement), claim_keys(self.old_placement))
+
+    @property
+    def released(self) -> tuple[ClaimKey, ...]:
+        """The GPUs and ports that the container does not have after the change."""
+        return _without(claim_keys(self.old_placement), claim_keys(self.placement))
+
+    @property
+    def recorded(self) -> JsonObject:
+        """The plan as the operation records it: of the old spec, only what the saga needs, since it can be large."""
+        return self.model_dump(mode="json", exclude={"old_spec": {"labels", "env"}})
+
+    @property
+    def shown(self) -> OperationPlan:
+        """The plan as callers see it."""
+        before, after = self.old_placement, self.placement
+        return OperationPlan(
+            placement=after,
+            kept_gpu_uuids=tuple(uuid for uuid in after.gpu_uuids if uuid in before.gpu_uuids),
+            released_gpu_uuids=_without(before.gpu_uuids, after.gpu_uuids),
+            claimed_gpu_uuids=_without(after.gpu_uuids, before.gpu_uuids),
+            claimed_ports=_without(after.ports, before.ports),
+            bytes_to_move=self.transfer.bytes_to_move + self.keep.bytes_to_move + self.source.bytes_to_move,
+            bytes_available=self.transfer.bytes_available or self.keep.bytes_available,
+            restarts_process=self.stops_process,
+            carry_method=self.transfer.method,
+            snapshot=self.keep.kind,
+            warnings=(*self.transfer.warnings, *self.keep.warnings, *self.source.warnings),
+            old_spec=self.old_spec,
+            new_spec=self.spec,
+        )
 
 
-def _plan(arguments: ChangeArguments, carry: LayerTransferPlan, container: Container) -> OperationPlan:
-    keep, before = arguments.keep, container.status.placement
-    return OperationPlan(
-        placement=arguments.placement,
-        kept_gpu_uuids=_common(before.gpu_uuids, arguments.placement.gpu_uuids),
-        released_gpu_uuids=_without(before.gpu_uuids, arguments.placement.gpu_uuids),
-        claimed_gpu_uuids=_without(arguments.placement.gpu_uuids, before.gpu_uuids),
-        claimed_ports=tuple(port for port in arguments.placement.ports if port not in before.ports),
-        bytes_to_move=carry.bytes_to_move + keep.bytes_to_move + arguments.source.bytes_to_move,
-        bytes_available=carry.bytes_available or keep.bytes_available,
-        restarts_process=arguments.stop,
-        carry_method=carry.method,
-        snapshot=keep.kind,
-        warnings=(*carry.warnings, *keep.warnings, *arguments.source.warnings),
-        old_spec=container.spec,
-        new_spec=arguments.spec,
-    )
+def _with_method(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan from the arguments of the version that recorded a flag for each thing that a change does."""
+    true = {name for name in _FLAGS if recorded.get(name)}
+    in_place = ChangeMethod.RESTART if "start" in true else ChangeMethod.IN_PLACE
+    running = ContainerState.PAUSED if "frozen" in true else ContainerState.RUNNING
+    exits = AllowedExits.NONE if "must_live" in true else AllowedExits.ZERO
+    watched = "start" in true and not true.isdisjoint({"replace", "verify"})
+    return {name: value for name, value in recorded.items() if name not in (*_FLAGS, "carry")} | {
+        "method": ChangeMethod.REPLACE if "replace" in true else in_place,
+        "old_state": running if "was_running" in true else ContainerState.STOPPED,
+        # A running process runs afterwards, too: the process of no container was ever stopped only.
+        "runs": not true.isdisjoint({"start", "was_running"}),
+        "allowed_exits": (AllowedExits.ANY if "may_end" in true else exits) if watched else None,
+        "transfer": {"method": recorded.get("carry", LayerTransferMethod.NONE)},
+    }
 
 
-def _common(before: Sequence[str], after: Sequence[str]) -> tuple[str, ...]:
-    return tuple(uuid for uuid in after if uuid in before)
-
-
-def _without(uuids: Sequence[str], excluded: Sequence[str]) -> tuple[str, ...]:
-    return tuple(uuid for uuid in uuids if uuid not in excluded)
+def _without(items: Sequence[_T], excluded: Sequence[_T]) -> tuple[_T, ...]:
+    return tuple(item for item in items if item not in excluded)

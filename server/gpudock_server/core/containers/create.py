@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Create
 from gpudock_server.core.containers.engine_containers import CREATED, CreatedEngineContainer
-from gpudock_server.core.containers.images import PULLED, Images, Pull, PulledImage
+from gpudock_server.core.containers.images import PULLED, Images, Pull
 from gpudock_server.core.containers.mounts import require_unchanged
 from gpudock_server.core.containers.new_container import (
     NewContainerArguments,
@@ -97,13 +97,7 @@ class CreateSaga(NewContainerSaga):
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        pull = Step(PULLED.step, self._pull, self._restrict_image, interruptible=True)
-        create = Step(CREATED.step, self._create, self._remove)
-        return (*(() if self._arguments.image_id else (pull,)), create, *self._start_steps)
-
-    @property
-    def _image_pull(self) -> Pull:
-        return Pull(
+        pull = Pull(
             self._spec.image,
             self._arguments.owner,
             self._auth,
@@ -111,12 +105,8 @@ class CreateSaga(NewContainerSaga):
             present_id=self._arguments.present_id,
             stall_seconds=self._arguments.pull_stall_seconds,
         )
-
-    async def _pull(self, run: OperationRun) -> PulledImage:
-        return PulledImage(image_id=(await self._images.pull(run, self._image_pull)).id)
-
-    async def _restrict_image(self, _run: OperationRun) -> None:
-        await self._images.restrict_after_failed_pull(self._image_pull)
+        create = Step(CREATED.step, self._create, self._remove)
+        return (*(() if self._arguments.image_id else (self._images.pull_step(pull),)), create, *self._start_steps)
 
     async def _create(self, run: OperationRun) -> CreatedEngineContainer:
         return await self._create_from(run, self._arguments.image_id or await self._pulled_image(run.operation))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gpudock_server.core.containers.commands import PullPolicy
-from gpudock_server.core.operations.saga import OperationRun, StepResult
+from gpudock_server.core.operations.saga import OperationRun, Step, StepResult
 from gpudock_server.errors import (
     FieldViolation,
     ImageExists,
@@ -23,7 +23,7 @@ from gpudock_server.errors import (
     InvalidArgument,
 )
 from gpudock_server.model.container import Container
-from gpudock_server.model.engine import EngineImage, ImageAccounts, RegistryAuth
+from gpudock_server.model.engine import ImageAccounts, RegistryAuth
 from gpudock_server.model.image import ImageOrigin, familiar_reference, familiar_repository
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.store_changes import DeleteImageOrigin, PutImageOrigin
@@ -249,7 +249,16 @@ class Images:
         origin = await self.store.image_origin(self.node, image_id)
         return origin is None or not origin.restricted or owner in origin.owners
 
-    async def pull(self, run: OperationRun, pull: Pull) -> EngineImage:
+    def pull_step(self, pull: Pull) -> Step:
+        """The step that pulls an image. The image stays when the step is undone."""
+        return Step(
+            PULLED.step,
+            lambda run: self.pull(run, pull),
+            lambda _run: self._restrict_after_failed_pull(pull),
+            interruptible=True,
+        )
+
+    async def pull(self, run: OperationRun, pull: Pull) -> PulledImage:
         """Pull an image, and record that its owner has access to it. Raises ImagePullFailed, ImageNotFound."""
         async with self.policy.names.pull_lock(pull.reference):
             await self._pull_with_stall_timeout(run, pull)
@@ -257,7 +266,7 @@ class Images:
         if image is None:
             raise ImageNotFound(image=pull.reference)
         await self._record_pull(image.id, (pull.owner,), restricted=pull.authenticated and image.id != pull.present_id)
-        return image
+        return PulledImage(image_id=image.id)
 
     async def _pull_with_stall_timeout(self, run: OperationRun, pull: Pull) -> None:
         seconds = pull.stall_seconds or self.policy.pull_stall_seconds
@@ -274,7 +283,7 @@ class Images:
         finally:
             stall_task.cancel()
 
-    async def restrict_after_failed_pull(self, pull: Pull) -> None:
+    async def _restrict_after_failed_pull(self, pull: Pull) -> None:
         """Undo a pull with credentials: the image stays, but each owner must pull it again before using it.
 
         A daemon that was killed may have pulled an image without recording it, and a resumed pull has no credentials.

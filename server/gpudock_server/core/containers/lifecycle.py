@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpudock_server.core.containers.change_plan import ChangePlanner, DesiredState
+from gpudock_server.core.containers.change_draft import ChangeDrafter
+from gpudock_server.core.containers.change_plan import DesiredState
 from gpudock_server.core.containers.commands import Restart, Scale, ScaleStrategy, Start
 from gpudock_server.core.containers.history import History
 from gpudock_server.core.containers.resource import ContainerResource
@@ -27,7 +28,7 @@ class Lifecycle:
 
     containers: ContainerResource
     history: History
-    planner: ChangePlanner
+    changes: ChangeDrafter
 
     async def draft_start(self, command: Start) -> OperationDraft:
         """Draft a start. A running container stays as it is; other GPUs then raise GpusOfRunningContainer."""
@@ -44,7 +45,7 @@ class Lifecycle:
             case state if state not in STOPPED_STATES:
                 needs = "to start it, it must be STOPPED or EXITED"
                 raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
-        return await self.planner.draft(
+        return await self.changes.draft(
             view, DesiredState(OperationKind.START, spec, runs=True, snapshots=command.snapshots)
         )
 
@@ -64,7 +65,7 @@ class Lifecycle:
             stop_timeout=command.timeout,
             snapshots=command.snapshots,
         )
-        return await self.planner.draft(view, desired)
+        return await self.changes.draft(view, desired)
 
     async def draft_scale(self, command: Scale) -> OperationDraft:
         """Draft a change of GPUs, limits or /dev/shm size."""
@@ -93,10 +94,9 @@ class Lifecycle:
             recreate=recreate,
             live=command.strategy is ScaleStrategy.LIVE,
             chooses_gpus=command.gpus is not None,
-            must_live=True,
             snapshots=command.snapshots,
         )
-        return await self.planner.draft(view, desired)
+        return await self.changes.draft(view, desired)
 
 
 def _scaled(spec: ContainerSpec, command: Scale) -> ContainerSpec:

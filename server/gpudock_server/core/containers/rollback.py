@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpudock_server.core.containers.change_arguments import SuccessorFiles, SuccessorSource
-from gpudock_server.core.containers.change_plan import ChangePlanner, DesiredState
+from gpudock_server.core.containers.change_draft import ChangeDrafter
+from gpudock_server.core.containers.change_plan import DesiredState, SuccessorFiles, SuccessorSource
 from gpudock_server.core.containers.commands import Rollback
 from gpudock_server.core.containers.history import History
 from gpudock_server.core.containers.resource import ContainerResource
@@ -32,7 +32,7 @@ class RollbackContainer:
     containers: ContainerResource
     engine: Engine
     history: History
-    planner: ChangePlanner
+    changes: ChangeDrafter
 
     async def draft(self, command: Rollback) -> OperationDraft:
         """Draft a rollback to a revision's spec, with its files or the current ones. FAILED containers are restored."""
@@ -52,7 +52,7 @@ class RollbackContainer:
             snapshots=command.snapshots,
             source=await self._source(container, found, command, gone=gone),
         )
-        return await self.planner.draft(view, desired)
+        return await self.changes.draft(view, desired)
 
     async def _source(
         self, container: Container, found: RevisionView, command: Rollback, *, gone: bool

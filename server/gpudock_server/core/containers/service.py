@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from gpudock_server.core.containers.change_plan import ChangePlanner
+from gpudock_server.core.containers.change_draft import ChangeDrafter
 from gpudock_server.core.containers.change_saga import ChangeSaga, ContainerChanges
 from gpudock_server.core.containers.clone import CloneContainer, CloneSaga
 from gpudock_server.core.containers.commands import (
@@ -101,16 +101,14 @@ class ContainerUseCases:
             images=images,
             layers=layers,
             layer_images=layer_images,
-            revision_files=revision_files,
             snapshots=snapshots,
             history=history,
-            revision_backups=revision_backups,
             claims=claims,
         )
-        planner = ChangePlanner(self._changes, allocator, limits)
-        self.lifecycle = Lifecycle(containers, history, planner)
-        self.update = UpdateContainer(containers, history, images, planner)
-        self._rollback = RollbackContainer(containers, engine, history, planner)
+        changes = ChangeDrafter(self._changes, allocator, limits)
+        self.lifecycle = Lifecycle(containers, history, changes)
+        self.update = UpdateContainer(containers, history, images, changes)
+        self._rollback = RollbackContainer(containers, engine, history, changes)
         new = NewContainers(
             containers=containers,
             engine_containers=engine_containers,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpudock_server.core.containers.change_arguments import SuccessorFiles, SuccessorSource
-from gpudock_server.core.containers.change_plan import ChangePlanner, DesiredState
+from gpudock_server.core.containers.change_draft import ChangeDrafter
+from gpudock_server.core.containers.change_plan import DesiredState, SuccessorFiles, SuccessorSource
 from gpudock_server.core.containers.commands import FieldChange, FilesPolicy, PullPolicy, Update
 from gpudock_server.core.containers.history import History
 from gpudock_server.core.containers.images import ImageChoice, Images
@@ -25,7 +25,7 @@ class UpdateContainer:
     containers: ContainerResource
     history: History
     images: Images
-    planner: ChangePlanner
+    changes: ChangeDrafter
 
     async def draft(self, command: Update) -> OperationDraft:
         """Draft the change of a container's spec."""
@@ -46,7 +46,7 @@ class UpdateContainer:
             source=await self._source(container, command, spec),
             registry_auth=command.registry_auth,
         )
-        return await self.planner.draft(view, desired)
+        return await self.changes.draft(view, desired)
 
     async def _source(self, container: Container, command: Update, spec: ContainerSpec) -> SuccessorSource:
         """The current files if the image stays the same; for another image, what the command requests."""
