@@ -32,18 +32,11 @@ from gpudock_server.core.containers.layer_images import (
     grafted_image_name,
 )
 from gpudock_server.core.containers.mounts import Mounts
-from gpudock_server.core.containers.new_container import (
-    VERIFIED,
-    WatchedStart,
-    anonymous_volumes,
-    exit_code_of_start,
-)
+from gpudock_server.core.containers.new_container import VERIFIED, WatchedStart, anonymous_volumes, status_at_commit
 from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.revision_backups import write_revision_backup
-from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.snapshots import RevisionSnapshots
-from gpudock_server.core.containers.status import observed_status, status_after_start
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Saga, Step, StepResult
 from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.errors import LayerCarryFailed, PulledImageDiffers, StartFailed
 from gpudock_server.model.claims import claim_keys
@@ -84,7 +77,7 @@ class ContainerChanges:
     claims: HostClaims
 
 
-class ChangeSaga(ContainerSaga):
+class ChangeSaga(Saga[ContainerView]):
     """Carries out a ChangePlan; see the module's docstring."""
 
     def __init__(
@@ -382,10 +375,7 @@ class ChangeSaga(ContainerSaga):
             generation=view.container.generation + 1,
             update_time=now(),
         ).with_status(placement=plan.placement, holds_resources=self._holds_resources(view.container))
-        if plan.starts_process:
-            status = status_after_start(container, engine_container, exit_code_of_start(run.operation))
-        else:
-            status = observed_status(container, engine_container)
+        status = status_at_commit(container, engine_container, run.operation, started=plan.starts_process)
         container = container.changed(status=status)
         changes: list[StoreChange] = [PutContainer(container, expect=view.version)]
         if plan.cause is not None:

@@ -41,28 +41,15 @@ from gpudock_server.core.containers.new_container import (
 )
 from gpudock_server.core.containers.status import observed_status
 from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
-from gpudock_server.errors import (
-    ContainerNotRunning,
-    ImageNotFound,
-    SnapshotFailed,
-    SnapshotNotFound,
-)
-from gpudock_server.model.container import (
-    Container,
-    ContainerState,
-    EngineBinding,
-    RevisionCause,
-)
-from gpudock_server.model.engine import EngineContainer, EngineState
+from gpudock_server.errors import ContainerNotRunning, ImageNotFound, SnapshotFailed, SnapshotNotFound
+from gpudock_server.model.container import Container, ContainerState, EngineBinding, RevisionCause
+from gpudock_server.model.engine import EngineState
 from gpudock_server.model.operation import LayerTransferMethod, Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.snapshot import SnapshotKey, SnapshotKind
 from gpudock_server.model.spec import ContainerSpec
-from gpudock_server.model.store_changes import (
-    PutContainer,
-    StoreChange,
-)
+from gpudock_server.model.store_changes import PutContainer, StoreChange
 from gpudock_server.ports import ContainerView, Engine, LayerStore, SnapshotStore
 
 
@@ -302,7 +289,9 @@ class CloneSaga(NewContainerSaga):
 
     async def _restore(self, run: OperationRun) -> None:
         key = SnapshotKey(uid=self._arguments.source.uid, revision=self._files.revision)
-        await self._clone.snapshots.restore(key, await self._inspect(_clone_engine_id(run)), run.progress)
+        await self._clone.snapshots.restore(
+            key, await self._new.engine_containers.inspect_for_copy(_clone_engine_id(run)), run.progress
+        )
 
     async def _gather(self, run: OperationRun) -> None:
         await self._mirror(run, still=False)
@@ -313,8 +302,8 @@ class CloneSaga(NewContainerSaga):
 
     async def _mirror(self, run: OperationRun, *, still: bool) -> None:
         source, clone = (
-            await self._inspect(self._source_binding().engine_id),
-            await self._inspect(_clone_engine_id(run)),
+            await self._new.engine_containers.inspect_for_copy(self._source_binding().engine_id),
+            await self._new.engine_containers.inspect_for_copy(_clone_engine_id(run)),
         )
         await self._clone.snapshots.mirror(source, clone, run.operation.id, still=still, progress=run.progress)
 
@@ -322,7 +311,9 @@ class CloneSaga(NewContainerSaga):
     async def _frozen_source(self, run: OperationRun) -> AsyncIterator[None]:
         """Freeze the source if needed. Freeze and thaw are in one step, so no write of a record prolongs the freeze."""
         if self._files.freeze:
-            await self._new.engine_containers.freeze((await self._inspect(self._source_binding().engine_id)).id)
+            await self._new.engine_containers.freeze(
+                (await self._new.engine_containers.inspect_for_copy(self._source_binding().engine_id)).id
+            )
         try:
             yield
         finally:
@@ -337,12 +328,6 @@ class CloneSaga(NewContainerSaga):
             raise SnapshotFailed(detail="the source has no engine container")
         return self._files.source
 
-    async def _inspect(self, engine_id: str) -> EngineContainer:
-        engine_container = await self._clone.engine.inspect(engine_id)
-        if engine_container is None:
-            raise SnapshotFailed(detail=f"engine container {engine_id[:12]} was removed during the operation")
-        return engine_container
-
     # -- the commit --------------------------------------------------------------------------------------------------
 
     @override
@@ -354,7 +339,7 @@ class CloneSaga(NewContainerSaga):
 
     async def _binding(self, run: OperationRun) -> EngineBinding:
         arguments, created = self._arguments, CREATED.of(run.operation)
-        engine_container = await self._inspect(created.engine_id)
+        engine_container = await self._new.engine_containers.inspect_for_copy(created.engine_id)
         owns_image = self._needs_own_tag or self._files.origin is CloneOrigin.COMMIT
         return EngineBinding(
             engine_id=engine_container.id,
@@ -380,7 +365,7 @@ class CloneSaga(NewContainerSaga):
 
     async def _source_changes(self) -> list[StoreChange]:
         """The current status of the source, which reconcile did not update while the source was locked."""
-        view = await self._containers.view_of(self._arguments.source)
+        view = await self._new.containers.view_of(self._arguments.source)
         if view is None or view.container.engine is None:
             return []
         source = view.container

@@ -28,18 +28,10 @@ from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.containers.images import CommitName, Images
 from gpudock_server.core.containers.layer_images import raw_image_name
 from gpudock_server.core.containers.resource import ContainerResource
-from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step, StepResult
 from gpudock_server.errors import ContainerNotRunning, DiskFull, EngineRejected, ImageExists, SnapshotFailed
 from gpudock_server.model.container import ContainerState
-from gpudock_server.model.engine import (
-    LABEL_NAME,
-    LABEL_NODE,
-    LABEL_OPERATION,
-    LABEL_UID,
-    EngineContainer,
-    EngineImage,
-)
+from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_OPERATION, LABEL_UID, EngineContainer, EngineImage
 from gpudock_server.model.image import CommittedImage
 from gpudock_server.model.names import engine_container_name
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
@@ -214,7 +206,7 @@ def committed_image_name(operation: Operation) -> str:
     return f"gpudock/commit:{operation.id}"
 
 
-class CommitSaga(ContainerSaga):
+class CommitSaga(Saga[ContainerView]):
     """Commits the files and names the image; see the module's docstring."""
 
     def __init__(self, commit: CommitContainer, operation: Operation) -> None:
@@ -273,10 +265,8 @@ class CommitSaga(ContainerSaga):
             await self._thaw(run)
 
     async def _mirror(self, run: OperationRun, shadow_id: str, *, still: bool) -> None:
-        source, shadow = await self._inspect(), await self._commit.engine.inspect(shadow_id)
-        if source is None or shadow is None:
-            missing_id = self._arguments.engine_id if source is None else shadow_id
-            raise SnapshotFailed(detail=f"engine container {missing_id[:12]} was removed during the operation")
+        source = await self._commit.engine_containers.inspect_for_copy(self._arguments.engine_id)
+        shadow = await self._commit.engine_containers.inspect_for_copy(shadow_id)
         try:
             await self._commit.snapshots.mirror(source, shadow, run.operation.id, still=still, progress=run.progress)
         except LayerTooLarge as error:
@@ -294,9 +284,6 @@ class CommitSaga(ContainerSaga):
     async def _thaw(self, _run: OperationRun) -> None:
         # The container ran when the operation began, and no other operation can freeze it while it is locked.
         await self._commit.engine_containers.thaw_if_frozen(self._arguments.engine_id)
-
-    async def _inspect(self) -> EngineContainer | None:
-        return await self._commit.engine.inspect(self._arguments.engine_id)
 
     async def _commit_files(self, run: OperationRun) -> CommittedFiles:
         arguments, engine, layers = self._arguments, self._commit.engine, self._commit.layers

@@ -12,8 +12,7 @@ from gpudock_server.core.containers.commands import Delete
 from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.containers.history import History
 from gpudock_server.core.containers.resource import ContainerResource
-from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step
 from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.errors import ContainerRunning
 from gpudock_server.model import store_changes
@@ -60,7 +59,7 @@ class DeleteContainer:
         )
 
 
-class DeleteSaga(ContainerSaga):
+class DeleteSaga(Saga[ContainerView]):
     """Removal cannot be undone. A failure keeps the record, so that the same call can finish the deletion."""
 
     cancellable = False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from gpudock_server.core.containers.status import has_just_restarted, observed_status
 from gpudock_server.core.operations.saga import StepResult
-from gpudock_server.errors import EngineRejected, EngineUnavailable
+from gpudock_server.errors import EngineRejected, EngineUnavailable, SnapshotFailed
 from gpudock_server.model.container import Container, Placement
 from gpudock_server.model.engine import (
     LABEL_NAME,
@@ -66,6 +66,13 @@ class EngineContainers:
     async def observe(self, container: Container, engine_id: str) -> Container:
         """The container with the status that the engine reports."""
         return container.changed(status=observed_status(container, await self.engine.inspect(engine_id)))
+
+    async def inspect_for_copy(self, engine_id: str) -> EngineContainer:
+        """An engine container whose files are copied. Raises SnapshotFailed if it was removed."""
+        engine_container = await self.engine.inspect(engine_id)
+        if engine_container is None:
+            raise SnapshotFailed(detail=f"engine container {engine_id[:12]} was removed during the operation")
+        return engine_container
 
     async def create(
         self,

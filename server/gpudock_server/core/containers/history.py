@@ -11,8 +11,7 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import DeleteRevision
 from gpudock_server.core.containers.resource import ContainerResource
-from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step
 from gpudock_server.errors import ContainerGone, RevisionIsCurrent, RevisionNotFound
 from gpudock_server.model import store_changes
 from gpudock_server.model.container import Container, ContainerRevision, ContainerState, RevisionCause
@@ -177,7 +176,7 @@ class DeleteContainerRevision:
         )
 
 
-class DeleteRevisionSaga(ContainerSaga):
+class DeleteRevisionSaga(Saga[ContainerView]):
     """Delete the files, then the record. A failure keeps the record, so that the same call can finish the deletion."""
 
     cancellable = False

@@ -8,16 +8,10 @@ from gpudock_server.core.containers.change_draft import ChangeDrafter
 from gpudock_server.core.containers.change_plan import DesiredState
 from gpudock_server.core.containers.commands import Restart, Scale, ScaleStrategy, Start
 from gpudock_server.core.containers.history import History
-from gpudock_server.core.containers.resource import ContainerResource
+from gpudock_server.core.containers.resource import UNPAUSED_STATES, ContainerResource, require_state
 from gpudock_server.core.operations.saga import OperationDraft
-from gpudock_server.errors import (
-    ContainerNotRunning,
-    ContainerPaused,
-    GpusOfRunningContainer,
-    RestartRequired,
-    ScaledContainerNotRunning,
-)
-from gpudock_server.model.container import ACTIVE_STATES, RUNNING_STATES, STOPPED_STATES, ContainerState
+from gpudock_server.errors import GpusOfRunningContainer, RestartRequired, ScaledContainerNotRunning
+from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.spec import ContainerSpec
 
@@ -36,15 +30,9 @@ class Lifecycle:
         container = view.container
         spec = container.spec if command.gpus is None else container.spec.changed(gpus=command.gpus)
         await self.history.refuse_if_gone(container)
-        match container.status.state:
-            case ContainerState.PAUSED:
-                raise ContainerPaused(container=command.name)
-            case ContainerState.RUNNING | ContainerState.RESTARTING:
-                if spec.gpus != container.spec.gpus:
-                    raise GpusOfRunningContainer(container=command.name, state=container.status.state.value)
-            case state if state not in STOPPED_STATES:
-                needs = "to start it, it must be STOPPED or EXITED"
-                raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
+        require_state(container, UNPAUSED_STATES, "to start it, it must be STOPPED or EXITED")
+        if container.status.state in RUNNING_STATES and spec.gpus != container.spec.gpus:
+            raise GpusOfRunningContainer(container=command.name, state=container.status.state.value)
         return await self.changes.draft(
             view, DesiredState(OperationKind.START, spec, runs=True, snapshots=command.snapshots)
         )
@@ -52,11 +40,9 @@ class Lifecycle:
     async def draft_restart(self, command: Restart) -> OperationDraft:
         """Draft a restart: stop the container if it runs, and start it."""
         view = await self.containers.find_unlocked(command.name, command.etag)
-        state = view.container.status.state
         await self.history.refuse_if_gone(view.container)
-        if state not in (*ACTIVE_STATES, *STOPPED_STATES):
-            needs = "to restart it, it must be RUNNING, PAUSED, STOPPED or EXITED"
-            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
+        needs = "to restart it, it must be RUNNING, PAUSED, STOPPED or EXITED"
+        require_state(view.container, UNPAUSED_STATES | {ContainerState.PAUSED}, needs)
         desired = DesiredState(
             OperationKind.RESTART,
             view.container.spec,
@@ -74,17 +60,13 @@ class Lifecycle:
         spec = _scaled(container.spec, command)
         state = container.status.state
         await self.history.refuse_if_gone(container)
-        if state is ContainerState.PAUSED:
-            raise ContainerPaused(container=command.name)
+        require_state(container, UNPAUSED_STATES, "to scale it, it must be RUNNING, STOPPED or EXITED")
         fixed = tuple(
             field for field in ("gpus", "shm_size_bytes") if getattr(spec, field) != getattr(container.spec, field)
         )
         recreate = command.strategy is ScaleStrategy.RECREATE
         if state in STOPPED_STATES and (fixed or recreate):
             raise ScaledContainerNotRunning(container=command.name, state=state.value)
-        if state not in (*RUNNING_STATES, *STOPPED_STATES):
-            needs = "to scale it, it must be RUNNING, STOPPED or EXITED"
-            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
         if command.strategy is ScaleStrategy.LIVE and fixed:
             raise RestartRequired(container=command.name, changes=fixed)
         desired = DesiredState(

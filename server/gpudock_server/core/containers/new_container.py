@@ -14,9 +14,8 @@ from gpudock_server.core.containers.limits import check_limits
 from gpudock_server.core.containers.mounts import Mounts
 from gpudock_server.core.containers.resource import ContainerResource
 from gpudock_server.core.containers.revision_backups import write_revision_backup
-from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.status import observed_status, status_after_start
-from gpudock_server.core.operations.saga import OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.operations.saga import OperationRun, Outcome, Saga, Step, StepResult
 from gpudock_server.core.placement.allocator import Allocation, AllocationRequest, Allocator
 from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.model.claims import claim_keys
@@ -95,7 +94,7 @@ class NewContainers:
         return container, allocation
 
 
-class NewContainerSaga(ContainerSaga):
+class NewContainerSaga(Saga[ContainerView]):
     """The steps that create and start an engine container, and the record and first revision at the end."""
 
     def __init__(self, new: NewContainers, arguments: NewContainerArguments) -> None:
@@ -141,10 +140,7 @@ class NewContainerSaga(ContainerSaga):
     ) -> Outcome:
         """The record of the container with its engine container, its first revision, and its claims."""
         container = view.container.changed(engine=binding, revision=1, update_time=now())
-        if self._new_arguments.start:
-            status = status_after_start(container, engine_container, exit_code_of_start(run.operation))
-        else:
-            status = observed_status(container, engine_container)
+        status = status_at_commit(container, engine_container, run.operation, started=self._new_arguments.start)
         container = container.changed(status=status)
         revision = revision_of(container, cause, run.operation.id)
         await write_revision_backup(self._new.revision_backups, container, revision)
@@ -163,10 +159,14 @@ class NewContainerSaga(ContainerSaga):
         ]
 
 
-def exit_code_of_start(operation: Operation) -> int | None:
-    """The exit code of the process that an operation started and watched; None if it did not exit."""
+def status_at_commit(
+    container: Container, engine_container: EngineContainer | None, operation: Operation, *, started: bool
+) -> ContainerStatus:
+    """The status of a container at the commit of an operation, which has `started` its process or not."""
+    if not started:
+        return observed_status(container, engine_container)
     watched = VERIFIED.find(operation)
-    return watched.exit_code if watched else None
+    return status_after_start(container, engine_container, watched.exit_code if watched else None)
 
 
 def anonymous_volumes(spec: ContainerSpec, volumes: dict[str, str]) -> dict[str, str]:

@@ -10,10 +10,9 @@ from typing_extensions import override
 
 from gpudock_server.core.containers.commands import Pause, Unpause
 from gpudock_server.core.containers.engine_containers import EngineContainers
-from gpudock_server.core.containers.resource import ContainerResource
-from gpudock_server.core.containers.saga import ContainerSaga
-from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
-from gpudock_server.errors import ContainerNotPaused, ContainerNotRunning, ContainerPaused
+from gpudock_server.core.containers.resource import ContainerResource, require_state
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step
+from gpudock_server.errors import ContainerNotPaused, ContainerNotRunning
 from gpudock_server.model.container import ContainerState
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
 from gpudock_server.model.record import Record, now
@@ -42,11 +41,8 @@ class PauseContainer:
         container = view.container
         state = container.status.state
         freeze = isinstance(command, Pause)
-        if freeze and state is ContainerState.PAUSED:
-            raise ContainerPaused(container=command.name)
-        if freeze and state is not ContainerState.RUNNING:
-            needs = "to pause it, it must be RUNNING"
-            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
+        if freeze:
+            require_state(container, (ContainerState.RUNNING,), "to pause it, it must be RUNNING")
         if not freeze and state is not ContainerState.PAUSED:
             raise ContainerNotPaused(container=command.name, state=state.value)
         if container.engine is None:
@@ -62,7 +58,7 @@ class PauseContainer:
         )
 
 
-class PauseSaga(ContainerSaga):
+class PauseSaga(Saga[ContainerView]):
     """One step: freeze or thaw. Each is the undo of the other."""
 
     cancellable = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from typing_extensions import override
@@ -13,21 +14,19 @@ from gpudock_server.errors import (
     ContainerBusy,
     ContainerExists,
     ContainerNotFound,
+    ContainerNotRunning,
+    ContainerPaused,
     ContainerRecordLost,
     StaleEtag,
     WrongNode,
 )
-from gpudock_server.model.container import Container, ContainerState
-from gpudock_server.model.engine import (
-    LABEL_NAME,
-    LABEL_NODE,
-    LABEL_OPERATION,
-    LABEL_SPEC,
-    LABEL_UID,
-    EngineContainer,
-)
+from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, Container, ContainerState
+from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE, LABEL_OPERATION, LABEL_SPEC, LABEL_UID, EngineContainer
 from gpudock_server.model.resource import ResourceKind
 from gpudock_server.ports import ContainerView, Engine, Store
+
+# The states of a container with an engine container that is not frozen.
+UNPAUSED_STATES = RUNNING_STATES | STOPPED_STATES
 
 
 class ContainerResource(Resource[ContainerView]):
@@ -106,6 +105,18 @@ class ContainerResource(Resource[ContainerView]):
             ]
         if adoptable:
             raise ContainerRecordLost(container=name)
+
+
+def require_state(container: Container, states: Collection[ContainerState], needs: str) -> None:
+    """Raise ContainerPaused or ContainerNotRunning if a container is in none of these states.
+
+    `needs`: the rest of the error's sentence, with the states that would be right.
+    """
+    state = container.status.state
+    if state is ContainerState.PAUSED and state not in states:
+        raise ContainerPaused(container=container.name)
+    if state not in states:
+        raise ContainerNotRunning(container=container.name, state=state.value, needs=needs)
 
 
 def _uid(engine_container: EngineContainer) -> str:

@@ -11,16 +11,10 @@ from gpudock_server.core.containers.change_draft import ChangeDrafter
 from gpudock_server.core.containers.change_plan import DesiredState, SuccessorFiles, SuccessorSource
 from gpudock_server.core.containers.commands import Rollback
 from gpudock_server.core.containers.history import History
-from gpudock_server.core.containers.resource import ContainerResource
+from gpudock_server.core.containers.resource import UNPAUSED_STATES, ContainerResource, require_state
 from gpudock_server.core.operations.saga import OperationDraft
-from gpudock_server.errors import (
-    ContainerNotRunning,
-    ContainerPaused,
-    ImageDiffers,
-    ImageNotFound,
-    SnapshotNotFound,
-)
-from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, Container, ContainerRevision, ContainerState
+from gpudock_server.errors import ImageDiffers, ImageNotFound, SnapshotNotFound
+from gpudock_server.model.container import RUNNING_STATES, Container, ContainerRevision, ContainerState
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.ports import Engine, RevisionView
 
@@ -38,12 +32,9 @@ class RollbackContainer:
         """Draft a rollback to a revision's spec, with its files or the current ones. FAILED containers are restored."""
         view = await self.containers.find_unlocked(command.name, command.etag)
         container, state = view.container, view.container.status.state
-        if state is ContainerState.PAUSED:
-            raise ContainerPaused(container=command.name)
+        needs = "to roll it back, it must be RUNNING, STOPPED, EXITED or FAILED"
+        require_state(container, UNPAUSED_STATES | {ContainerState.FAILED}, needs)
         gone = state is ContainerState.FAILED and await self.history.is_gone(container)
-        if state not in RUNNING_STATES and state not in STOPPED_STATES and state is not ContainerState.FAILED:
-            needs = "to roll it back, it must be RUNNING, STOPPED, EXITED or FAILED"
-            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
         found = await self.history.find_revision(container, command.revision)
         desired = DesiredState(
             OperationKind.ROLLBACK,

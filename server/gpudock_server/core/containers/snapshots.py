@@ -11,7 +11,10 @@ the same image.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.containers.layer_images import LAYER_IMAGE
@@ -23,7 +26,7 @@ from gpudock_server.model.operation import Operation
 from gpudock_server.model.record import Record, now
 from gpudock_server.model.snapshot import Snapshot, SnapshotKey, SnapshotKind, SnapshotMethod, SnapshotSkipped
 from gpudock_server.model.spec import SnapshotPolicy
-from gpudock_server.ports import Engine, LayerTooLarge, RevisionView, SnapshotStore
+from gpudock_server.ports import Engine, LayerTooLarge, Progress, RevisionView, SnapshotStore
 
 
 class MissedSnapshot(Record):
@@ -32,6 +35,9 @@ class MissedSnapshot(Record):
     skipped: str = ""
     not_kept: str = ""
 
+
+# SnapshotStore.gather or SnapshotStore.complete.
+_Copy: TypeAlias = Callable[[EngineContainer, SnapshotKey, str, SnapshotKey | None, Progress], Awaitable[None]]
 
 _GATHERED = StepResult("gather", MissedSnapshot)
 _COMPLETED = StepResult("complete", MissedSnapshot)
@@ -165,12 +171,13 @@ class SnapshotSteps:
     @property
     def steps_while_running(self) -> tuple[Step, ...]:
         """The steps before the container is stopped or frozen."""
-        return (Step(_GATHERED.step, self._gather, self._discard, interruptible=True),) if self._as_tree else ()
+        gather = partial(self._copy, self._snapshots.store.gather)
+        return (Step(_GATHERED.step, gather, self._discard, interruptible=True),) if self._as_tree else ()
 
     @property
     def steps_while_stopped(self) -> tuple[Step, ...]:
         """The steps while the container is stopped or frozen."""
-        return (Step(_COMPLETED.step, self._complete),) if self._as_tree else ()
+        return (Step(_COMPLETED.step, partial(self._copy, self._snapshots.store.complete)),) if self._as_tree else ()
 
     @property
     def steps_at_end(self) -> tuple[Step, ...]:
@@ -183,30 +190,20 @@ class SnapshotSteps:
             return ()
         return (Step("freeze", self._freeze, self._thaw), *steps, Step("thaw", self._thaw, self._freeze))
 
-    async def _gather(self, run: OperationRun) -> MissedSnapshot | None:
-        key, previous = self._keys(run)
-        try:
-            await self._snapshots.store.gather(await self._inspect(), key, run.operation.id, previous, run.progress)
-        except LayerTooLarge as error:
-            return self._skip(run, error)
-        return None
-
-    async def _complete(self, run: OperationRun) -> MissedSnapshot | None:
+    async def _copy(self, copy: _Copy, run: OperationRun) -> MissedSnapshot | None:
+        """Copy files, or continue without a snapshot if the container wrote too much since the plan was made."""
         if _skipped(run.operation):
             return None
         key, previous = self._keys(run)
+        engine_container = await self._snapshots.engine_containers.inspect_for_copy(self._arguments.engine_id)
         try:
-            await self._snapshots.store.complete(await self._inspect(), key, run.operation.id, previous, run.progress)
+            await copy(engine_container, key, run.operation.id, previous, run.progress)
         except LayerTooLarge as error:
-            return self._skip(run, error)
+            if self._arguments.required:
+                raise SnapshotFailed(detail=_too_large_message(str(error))) from error
+            run.add_message(f"snapshot skipped: the layer is too large: {error}")
+            return MissedSnapshot(skipped=str(error))
         return None
-
-    def _skip(self, run: OperationRun, error: LayerTooLarge) -> MissedSnapshot:
-        """Continue without a snapshot: the container wrote too much since the plan was made."""
-        if self._arguments.required:
-            raise SnapshotFailed(detail=_too_large_message(str(error))) from error
-        run.add_message(f"snapshot skipped: the layer is too large: {error}")
-        return MissedSnapshot(skipped=str(error))
 
     async def _seal(self, run: OperationRun) -> Snapshot | None:
         if _skipped(run.operation):
@@ -227,13 +224,6 @@ class SnapshotSteps:
     def _keys(self, run: OperationRun) -> tuple[SnapshotKey, SnapshotKey | None]:
         uid = run.operation.target.uid
         return SnapshotKey(uid=uid, revision=self._arguments.revision), _key(uid, self._arguments.previous)
-
-    async def _inspect(self) -> EngineContainer:
-        engine_container = await self._snapshots.engine.inspect(self._arguments.engine_id)
-        if engine_container is None:
-            engine_id = self._arguments.engine_id[:12]
-            raise SnapshotFailed(detail=f"engine container {engine_id} was removed during the operation")
-        return engine_container
 
     def snapshot_of(self, operation: Operation) -> Snapshot | SnapshotSkipped | None:
         """The snapshot that the steps made, or why they made none although the policy requests one."""

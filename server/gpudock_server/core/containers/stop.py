@@ -12,7 +12,6 @@ from gpudock_server.core.containers.commands import Stop
 from gpudock_server.core.containers.engine_containers import EngineContainers
 from gpudock_server.core.containers.history import History
 from gpudock_server.core.containers.resource import ContainerResource
-from gpudock_server.core.containers.saga import ContainerSaga
 from gpudock_server.core.containers.snapshots import (
     MissedSnapshot,
     RevisionSnapshots,
@@ -20,7 +19,7 @@ from gpudock_server.core.containers.snapshots import (
     snapshot_failed,
 )
 from gpudock_server.core.containers.status import observed_status
-from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step
 from gpudock_server.core.placement.claims import HostClaims
 from gpudock_server.errors import ContainerNotRunning, DiskFull, SnapshotFailed
 from gpudock_server.model.claims import claim_keys
@@ -129,7 +128,7 @@ class StopContainer:
         )
 
 
-class StopSaga(ContainerSaga):
+class StopSaga(Saga[ContainerView]):
     """gather -> stop -> complete -> seal | the record, or only the stop.
 
     The container is stopped even if the snapshot fails. A stop has no undo, because the user wants the container to be

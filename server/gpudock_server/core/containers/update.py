@@ -9,10 +9,10 @@ from gpudock_server.core.containers.change_plan import DesiredState, SuccessorFi
 from gpudock_server.core.containers.commands import FieldChange, FilesPolicy, PullPolicy, Update
 from gpudock_server.core.containers.history import History
 from gpudock_server.core.containers.images import ImageChoice, Images
-from gpudock_server.core.containers.resource import ContainerResource
+from gpudock_server.core.containers.resource import UNPAUSED_STATES, ContainerResource, require_state
 from gpudock_server.core.operations.saga import OperationDraft
-from gpudock_server.errors import ContainerNotRunning, ContainerPaused, ImageDiffers, VolumeMountedByRunning
-from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, Container, ContainerState
+from gpudock_server.errors import ImageDiffers, VolumeMountedByRunning
+from gpudock_server.model.container import RUNNING_STATES, STOPPED_STATES, Container
 from gpudock_server.model.operation import OperationKind
 from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.spec import ContainerSpec
@@ -30,18 +30,14 @@ class UpdateContainer:
     async def draft(self, command: Update) -> OperationDraft:
         """Draft the change of a container's spec."""
         view = await self.containers.find_unlocked(command.name, command.etag)
-        container, state = view.container, view.container.status.state
+        container = view.container
         await self.history.refuse_if_gone(container)
-        if state is ContainerState.PAUSED:
-            raise ContainerPaused(container=command.name)
-        if state not in RUNNING_STATES and state not in STOPPED_STATES:
-            needs = "to update it, it must be RUNNING, STOPPED or EXITED"
-            raise ContainerNotRunning(container=command.name, state=state.value, needs=needs)
+        require_state(container, UNPAUSED_STATES, "to update it, it must be RUNNING, STOPPED or EXITED")
         spec = command.change.apply(container.spec)
         desired = DesiredState(
             OperationKind.UPDATE,
             spec,
-            runs=state in RUNNING_STATES,
+            runs=container.status.state in RUNNING_STATES,
             snapshots=command.snapshots,
             source=await self._source(container, command, spec),
             registry_auth=command.registry_auth,

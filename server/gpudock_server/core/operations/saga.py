@@ -11,13 +11,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
+from gpudock_server.core.operations.resource import Resource, V
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan, Result
 from gpudock_server.model.record import JsonObject, Record
 from gpudock_server.model.resource import ResourceRef
 from gpudock_server.model.store_changes import Claim, PutContainer, PutVolume, StoreChange
 
-# The store's view of the operation's target: its record with the version for compare-and-set.
-V = TypeVar("V")
 R = TypeVar("R", bound=Record)
 
 COMMIT_STAGE = "commit"
@@ -99,6 +98,10 @@ class Saga(ABC, Generic[V]):
 
     cancellable: ClassVar[bool] = True
 
+    def __init__(self, resource: Resource[V]) -> None:
+        """`resource`: the kind of the operation's target."""
+        self._resource = resource
+
     @property
     @abstractmethod
     def steps(self) -> tuple[Step, ...]:
@@ -109,9 +112,9 @@ class Saga(ABC, Generic[V]):
         """The steps after the commit; each is retried until it is done."""
         return ()
 
-    @abstractmethod
     async def read_target(self, run: OperationRun) -> V | None:
         """The current view of the target; None where it is gone or another resource has its name."""
+        return await self._resource.view_of(run.operation.target)
 
     @abstractmethod
     async def success_changes(self, run: OperationRun, view: V) -> Outcome:

@@ -10,12 +10,12 @@ from functools import partial
 from typing_extensions import override
 
 from gpudock_server.core.listings import containers_mounting
-from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step, StepResult
 from gpudock_server.core.volumes.backends import VolumeBackends
 from gpudock_server.core.volumes.commands import Create
 from gpudock_server.core.volumes.engine_volumes import EngineVolumes, mounted_engine_volumes
 from gpudock_server.core.volumes.resource import VolumeResource
-from gpudock_server.core.volumes.saga import VolumeSaga, revision_of
+from gpudock_server.core.volumes.saga import revision_of
 from gpudock_server.errors import VolumeExists, VolumeRecordLost
 from gpudock_server.model.engine import LABEL_NAME, LABEL_NODE
 from gpudock_server.model.operation import Operation, OperationKind, OperationPlan
@@ -119,7 +119,7 @@ class CreateVolume(NewVolumes):
         )
 
 
-class NewVolumeSaga(VolumeSaga):
+class NewVolumeSaga(Saga[VolumeView]):
     """The steps that create a volume's backing and the engine volume that points to it."""
 
     def __init__(self, new: NewVolumes, kind: VolumeBackendKind, size_bytes: int) -> None:

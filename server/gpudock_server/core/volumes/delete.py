@@ -19,11 +19,10 @@ from typing import TypeAlias
 from typing_extensions import override
 
 from gpudock_server.core.listings import containers_mounting
-from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step
 from gpudock_server.core.volumes.backends import VolumeBackends
 from gpudock_server.core.volumes.commands import Delete
 from gpudock_server.core.volumes.resource import VolumeResource
-from gpudock_server.core.volumes.saga import VolumeSaga
 from gpudock_server.errors import VolumeInUse, VolumeMounted, VolumeMountedByRunning
 from gpudock_server.model import store_changes
 from gpudock_server.model.container import STOPPED_STATES
@@ -106,7 +105,7 @@ class DeleteVolume:
         return arguments.model_copy(update={"detach": tuple(view.container.target for view in views)}), plan
 
 
-class DeleteSaga(VolumeSaga):
+class DeleteSaga(Saga[VolumeView]):
     """Removal cannot be undone. A failure keeps the record, so that the same call can finish the deletion."""
 
     cancellable = False

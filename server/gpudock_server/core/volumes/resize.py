@@ -20,11 +20,11 @@ from typing import Protocol
 from typing_extensions import override
 
 from gpudock_server.core.listings import containers_mounting
-from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Step, StepResult
+from gpudock_server.core.operations.saga import OperationDraft, OperationRun, Outcome, Saga, Step, StepResult
 from gpudock_server.core.volumes.backends import VolumeBackends
 from gpudock_server.core.volumes.commands import Resize
 from gpudock_server.core.volumes.resource import VolumeResource
-from gpudock_server.core.volumes.saga import VolumeSaga, backing_of, copy_and_verify, revision_of
+from gpudock_server.core.volumes.saga import backing_of, copy_and_verify, revision_of
 from gpudock_server.errors import (
     ContainerPaused,
     DiskFull,
@@ -193,7 +193,7 @@ def _require_data_fits(volume: Volume, usage: VolumeUsage, size_bytes: int) -> N
         )
 
 
-class ResizeSaga(VolumeSaga):
+class ResizeSaga(Saga[VolumeView]):
     """The end of a resize, which both methods share."""
 
     def __init__(self, resize: ResizeVolume, arguments: ResizeArguments) -> None:

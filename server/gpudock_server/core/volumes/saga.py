@@ -1,25 +1,10 @@
-"""What the sagas of volumes share: reading the volume, its revision, its backing, and the copy of its files."""
+"""What the sagas of volumes share: the revision and the backing of a volume, and the copy of its files."""
 
-from typing_extensions import override
-
-from gpudock_server.core.operations.saga import OperationRun, Saga
-from gpudock_server.core.volumes.resource import VolumeResource
 from gpudock_server.errors import VolumeFailed, VolumeInUse
 from gpudock_server.model.record import now
 from gpudock_server.model.store_changes import PutVolumeRevision
 from gpudock_server.model.volume import TreeSummary, Volume, VolumeBacking, VolumeCause, VolumeRevision
-from gpudock_server.ports import Progress, VolumeCopier, VolumeView
-
-
-class VolumeSaga(Saga[VolumeView]):
-    """A saga whose target is a volume."""
-
-    def __init__(self, volumes: VolumeResource) -> None:
-        self._volumes = volumes
-
-    @override
-    async def read_target(self, run: OperationRun) -> VolumeView | None:
-        return await self._volumes.view_of(run.operation.target)
+from gpudock_server.ports import Progress, VolumeCopier
 
 
 def revision_of(volume: Volume, cause: VolumeCause, operation_id: str) -> PutVolumeRevision:
