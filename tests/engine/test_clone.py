@@ -1,9 +1,10 @@
-"""Clones: a container of another one's files, of now or of a revision, and from then on nothing in common."""
+"""CloneContainer: a new container with the current files of another one, or with those of a revision."""
 
 from __future__ import annotations
 
 import asyncio
 
+import grpc
 import pytest
 from gpudock.v1 import (
     container_pb2,
@@ -13,7 +14,7 @@ from gpudock.v1 import (
     operation_service_pb2,
 )
 
-from tests.calls import IMAGE, Caller, clone_request, failure, progress_of, result_of
+from tests.calls import IMAGE, Caller, clone_request, failure, failure_of, progress_of, result_of
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.sample_trees import TreeEntry, create_tree_command, image_files, read_tree, tree_differences
 from tests.faults.invariants import SHOW_FILES, WRITE_FILES, layer_images, require_absent, require_consistent
@@ -26,7 +27,7 @@ _PORT = container_pb2.PortRequest(container_port=80)
 _STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 _PAUSED = container_pb2.CONTAINER_STATE_PAUSED
 _TREES = "gpudock/cloned:test"
-# Writes for as long as it lives; each line is whole or absent, and its number is that of the line.
+# Writes continuously: line n of the log is n.
 _WRITER = "mkdir /busy; n=0; while :; do n=$((n+1)); echo $n >> /busy/log; echo $n > /busy/$((n % 50)); done"
 
 
@@ -40,8 +41,8 @@ async def _inside(caller: Caller, rig: Rig, name: str) -> dict[bytes, TreeEntry]
     return read_tree(f"/proc/{shown['State']['Pid']}/root")
 
 
-async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: Caller, rig: Rig) -> None:
-    made = await caller.create("origin", 2, ports=[_PORT], env={"A": "1"}, labels={"team": "ml"})
+async def test_a_clone_has_the_spec_and_the_files_and_is_independent(caller: Caller, rig: Rig) -> None:
+    origin = await caller.create("origin", 2, ports=[_PORT], env={"A": "1"}, labels={"team": "ml"})
     await caller.shell("origin", WRITE_FILES)
     files = await _files(caller, "origin")
     process = await caller.shell("origin", "cut -d' ' -f22 /proc/1/stat")
@@ -49,17 +50,17 @@ async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: 
     assert progress.stages == ["create", "gather", "complete", "start", "commit"]
     twin = progress.result
     assert twin is not None
-    assert (twin.spec, twin.revision, twin.owner) == (made.spec, 1, made.owner)
-    assert twin.uid != made.uid
-    assert not set(twin.status.gpu_uuids) & set(made.status.gpu_uuids)
-    assert twin.status.ports[0].host_port != made.status.ports[0].host_port
+    assert (twin.spec, twin.revision, twin.owner) == (origin.spec, 1, origin.owner)
+    assert twin.uid != origin.uid
+    assert not set(twin.status.gpu_uuids) & set(origin.status.gpu_uuids)
+    assert twin.status.ports[0].host_port != origin.status.ports[0].host_port
     assert await caller.shell("twin", "hostname; echo $A") == "twin\n1\n"
     await require_consistent(caller, rig, "twin", files)
     await require_consistent(caller, rig, "origin", files)
-    assert await caller.shell("origin", "cut -d' ' -f22 /proc/1/stat") == process, "the source went on running"
+    assert await caller.shell("origin", "cut -d' ' -f22 /proc/1/stat") == process, "the source was restarted"
     (revision,) = await caller.revisions("twin")
     assert revision.cause == container_revision_pb2.REVISION_CAUSE_CLONED
-    assert (await caller.get("origin")).etag == made.etag
+    assert (await caller.get("origin")).etag == origin.etag
 
     await caller.shell("origin", "echo origin > /work/file")
     await caller.shell("twin", "rm -r /work/deep")
@@ -72,28 +73,28 @@ async def test_a_clone_has_the_spec_and_the_files_and_nothing_in_common(caller: 
     await require_consistent(caller, rig, "twin")
 
 
-async def test_what_differs_is_what_the_call_says(caller: Caller, rig: Rig) -> None:
+async def test_a_clone_differs_in_the_fields_of_the_request(caller: Caller, rig: Rig) -> None:
     pinned = container_pb2.PortRequest(container_port=80, host_port=25_123)
-    made = await caller.create("origin", 2, ports=[pinned], env={"A": "1", "B": "1"})
-    told = await failure(caller.clone("origin", "twin"))
-    assert told.reason == "PORT_IN_USE"
-    card = container_pb2.GpuRequest(uuids=made.status.gpu_uuids[:1])
-    assert (await failure(caller.clone("origin", "twin", "gpus,ports", gpus=card))).reason == "GPU_BUSY"
+    origin = await caller.create("origin", 2, ports=[pinned], env={"A": "1", "B": "1"})
+    error = await failure(caller.clone("origin", "twin"))
+    assert error.reason == "PORT_IN_USE"
+    claimed = container_pb2.GpuRequest(uuids=origin.status.gpu_uuids[:1])
+    assert (await failure(caller.clone("origin", "twin", "gpus,ports", gpus=claimed))).reason == "GPU_BUSY"
     await require_absent(caller, rig, "twin")
     gpus = container_pb2.GpuRequest(count=3)
     twin = await caller.clone("origin", "twin", gpus=gpus, ports=[_PORT], env={"A": "2"}, owner="me")
     assert (twin.spec.gpus.count, dict(twin.spec.env), twin.owner) == (3, {"A": "2"}, "me")
     assert twin.spec.image == IMAGE
     await require_consistent(caller, rig, "twin")
-    # A mask without a value clears.
-    none = await caller.clone("origin", "none", "gpus,ports,env")
-    assert not none.status.gpu_uuids
-    assert not none.status.ports
-    assert await caller.shell("none", "echo [$A$B]") == "[]\n"
-    # The source no longer holds what it pins: the clone may.
+    # A field in the mask without a value is cleared.
+    cleared = await caller.clone("origin", "cleared", "gpus,ports,env")
+    assert not cleared.status.gpu_uuids
+    assert not cleared.status.ports
+    assert await caller.shell("cleared", "echo [$A$B]") == "[]\n"
+    # The stopped source has released its pinned port, so that the clone can claim it.
     await caller.stop("origin")
-    heir = await caller.clone("origin", "heir", gpus=container_pb2.GpuRequest(count=1))
-    assert [port.host_port for port in heir.status.ports] == [25_123]
+    pinned_clone = await caller.clone("origin", "pinned", gpus=container_pb2.GpuRequest(count=1))
+    assert [port.host_port for port in pinned_clone.status.ports] == [25_123]
 
 
 async def test_a_revision_is_cloned_with_its_files(caller: Caller, rig: Rig) -> None:
@@ -107,17 +108,17 @@ async def test_a_revision_is_cloned_with_its_files(caller: Caller, rig: Rig) -> 
     assert (dict(twin.spec.env), twin.revision) == ({"A": "1"}, 1)
     await require_consistent(caller, rig, "twin", first)
     assert (await failure(caller.clone("origin", "other", revision=2))).reason == "SNAPSHOT_NOT_FOUND"
-    told = await failure(caller.clone("origin", "other", revision=9))
-    assert (told.reason, told.metadata["container"]) == ("REVISION_NOT_FOUND", "origin")
-    now = await caller.clone("origin", "now", revision=3)
-    assert dict(now.spec.env) == {"A": "3"}
-    assert await caller.shell("now", "ls -d /work 2>/dev/null || echo gone") == "gone\n"
+    error = await failure(caller.clone("origin", "other", revision=9))
+    assert (error.reason, error.metadata["container"]) == ("REVISION_NOT_FOUND", "origin")
+    current = await caller.clone("origin", "current", revision=3)
+    assert dict(current.spec.env) == {"A": "3"}
+    assert await caller.shell("current", "ls -d /work 2>/dev/null || echo gone") == "gone\n"
     await caller.delete("origin")
     await require_consistent(caller, rig, "twin", first)
 
 
 @pytest.mark.deep
-async def test_stopped_and_paused_ones_stay_as_they_are(caller: Caller, rig: Rig) -> None:
+async def test_a_stopped_or_paused_source_keeps_its_state(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 1)
     await caller.shell("origin", WRITE_FILES)
     files = await _files(caller, "origin")
@@ -126,22 +127,22 @@ async def test_stopped_and_paused_ones_stay_as_they_are(caller: Caller, rig: Rig
     assert (await caller.get("origin")).status.state == _PAUSED
     await require_consistent(caller, rig, "of-paused", files)
     await caller.stop("origin")
-    waits = await caller.clone("origin", "of-stopped", create_only=True)
-    assert (waits.status.state, len(waits.status.gpu_uuids)) == (_STOPPED, 1)
+    clone = await caller.clone("origin", "of-stopped", create_only=True)
+    assert (clone.status.state, len(clone.status.gpu_uuids)) == (_STOPPED, 1)
     assert (await caller.get("origin")).status.state == _STOPPED
     await caller.start("of-stopped")
     await require_consistent(caller, rig, "of-stopped", files)
 
 
 @pytest.mark.parametrize("carry", deep_except(["exchange"], ["exchange", "commit"]))
-async def test_while_the_source_writes(rig: Rig, carry: str) -> None:
-    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--layer-carry", carry)
+async def test_a_clone_has_the_files_of_one_moment_while_the_source_writes(rig: Rig, transfer: str) -> None:
+    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--layer-carry", transfer)
     try:
         async with Caller(daemon.target) as caller:
             await caller.create("origin", 1, command=("sh", "-c", _WRITER))
             await caller.clone("origin", "twin", command=("sleep", "infinity"))
             log = (await caller.shell("twin", "cat /busy/log")).split()
-            assert log == [str(number) for number in range(1, len(log) + 1)], "the files of one moment"
+            assert log == [str(number) for number in range(1, len(log) + 1)], "the log has a gap"
             last = sorted(int(number) for number in (await caller.shell("twin", "cat /busy/[0-9]*")).split())
             assert last[-1] in (len(log), len(log) - 1)
             assert last == list(range(last[0], last[0] + len(last)))
@@ -156,24 +157,24 @@ async def test_while_the_source_writes(rig: Rig, carry: str) -> None:
 
 
 @pytest.mark.deep
-async def test_everything_that_a_file_system_knows_comes_along(caller: Caller, rig: Rig) -> None:
+async def test_a_clone_has_all_metadata_of_the_files(caller: Caller, rig: Rig) -> None:
     rig.images.derive(_TREES, GLIBC, files=image_files())
     await caller.create("origin", 0, image=_TREES)
     assert (await caller.run("origin", *create_tree_command(files=2000))).code == 0
     await caller.restart("origin")
-    seen = await _inside(caller, rig, "origin")
+    expected = await _inside(caller, rig, "origin")
     await caller.clone("origin", "twin")
-    assert tree_differences(seen, await _inside(caller, rig, "twin")) == ""
+    assert tree_differences(expected, await _inside(caller, rig, "twin")) == ""
     await caller.update("origin", env={"A": "1"})
     await caller.clone("origin", "older", revision=1)
-    assert tree_differences(seen, await _inside(caller, rig, "older")) == ""
+    assert tree_differences(expected, await _inside(caller, rig, "older")) == ""
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("carry", ["copy", "commit"])
-async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: str) -> None:
+async def test_images_that_a_clone_needs_remain_after_the_source_is_deleted(rig: Rig, transfer: str) -> None:
     others = layer_images(rig)
-    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--layer-carry", carry)
+    daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--layer-carry", transfer)
     try:
         async with Caller(daemon.target) as caller:
             await caller.create("origin", 1)
@@ -186,7 +187,7 @@ async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: s
             await caller.clone("origin", "old", revision=1)
             await caller.delete("old")
             back = await caller.rollback("origin", 1)
-            assert back.revision == 3, "what a clone leaves of the source's images is all of them"
+            assert back.revision == 3, "the deletion of a clone removed an image of its source"
             await caller.clone("origin", "old", revision=1)
             await caller.delete("origin")
             await require_consistent(caller, rig, "now", second)
@@ -195,7 +196,7 @@ async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: s
             await require_consistent(caller, rig, "old", first)
             methods = {"copy": "COPY", "commit": "COMMIT"}
             named = operation_pb2.LayerCarryMethod.Name(progress.snapshots[0].plan.carry_method)
-            assert named == f"LAYER_CARRY_METHOD_{methods[carry]}"
+            assert named == f"LAYER_CARRY_METHOD_{methods[transfer]}"
             await caller.delete_all()
             assert layer_images(rig) == others
     finally:
@@ -203,49 +204,44 @@ async def test_images_of_the_source_outlive_it_for_its_clones(rig: Rig, carry: s
 
 
 @pytest.mark.deep
-async def test_two_at_once_wait_for_neither(caller: Caller, rig: Rig) -> None:
+async def test_concurrent_clones_of_one_source_or_name_succeed_or_are_refused(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 1, image=GLIBC)
     await caller.shell("origin", "dd if=/dev/urandom of=/big bs=1M count=64 2>/dev/null")
     calls = [caller.containers.CloneContainer(clone_request("origin", name)) for name in ("one", "two")]
-    ends = await asyncio.gather(*(result_of(call) for call in calls), return_exceptions=True)
-    made = [end for end in ends if isinstance(end, container_pb2.Container)]
-    assert made
-    for end in ends:
-        if not isinstance(end, container_pb2.Container):
-            told = await failure(_raised(end))
-            assert (told.reason, told.metadata["container"]) == ("CONTAINER_BUSY", "origin")
-    same = [caller.containers.CloneContainer(clone_request("origin", "three")) for _ in range(2)]
-    ends = await asyncio.gather(*(result_of(call) for call in same), return_exceptions=True)
-    assert sum(isinstance(end, container_pb2.Container) for end in ends) == 1
+    outcomes = await asyncio.gather(*(result_of(call) for call in calls), return_exceptions=True)
+    assert any(isinstance(outcome, container_pb2.Container) for outcome in outcomes)
+    for outcome in outcomes:
+        if not isinstance(outcome, container_pb2.Container):
+            assert isinstance(outcome, grpc.aio.AioRpcError)
+            error = failure_of(outcome)
+            assert (error.reason, error.metadata["container"]) == ("CONTAINER_BUSY", "origin")
+    same_name = [caller.containers.CloneContainer(clone_request("origin", "three")) for _ in range(2)]
+    outcomes = await asyncio.gather(*(result_of(call) for call in same_name), return_exceptions=True)
+    assert sum(isinstance(outcome, container_pb2.Container) for outcome in outcomes) == 1
     await require_consistent(caller, rig, "three")
     assert (await failure(caller.clone("origin", "three"))).reason == "CONTAINER_EXISTS"
-    assert (await failure(caller.clone("nobody", "four"))).reason == "CONTAINER_NOT_FOUND"
-
-
-async def _raised(error: object) -> None:
-    assert isinstance(error, Exception)
-    raise error
+    assert (await failure(caller.clone("missing", "four"))).reason == "CONTAINER_NOT_FOUND"
 
 
 async def test_a_cancelled_clone_leaves_nothing(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 1, image=GLIBC)
     await caller.shell("origin", "dd if=/dev/urandom of=/big bs=1M count=200 2>/dev/null")
     stream = caller.containers.CloneContainer(clone_request("origin", "twin"))
-    async for answer in stream:
-        if answer.operation.stage == "gather":
+    async for response in stream:
+        if response.operation.stage == "gather":
             await caller.operations.CancelOperation(
-                operation_service_pb2.CancelOperationRequest(id=answer.operation.id)
+                operation_service_pb2.CancelOperationRequest(id=response.operation.id)
             )
             break
-    told = await failure(progress_of(stream))
-    assert told.reason == "OPERATION_CANCELLED"
+    error = await failure(progress_of(stream))
+    assert error.reason == "OPERATION_CANCELLED"
     await require_absent(caller, rig, "twin")
     await require_consistent(caller, rig, "origin")
     assert await caller.free_gpus() == 7
 
 
 @pytest.mark.deep
-async def test_volumes_of_the_image_do_not_come_along_and_that_is_said(caller: Caller, rig: Rig) -> None:
+async def test_anonymous_volumes_are_not_cloned_and_the_plan_warns(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 0, image=CUDA_LIKE)
     await caller.shell("origin", "echo mine > /data/mine")
     request = clone_request("origin", "twin", validate_only=True)
@@ -255,20 +251,20 @@ async def test_volumes_of_the_image_do_not_come_along_and_that_is_said(caller: C
     await caller.clone("origin", "twin")
     assert await caller.shell("twin", "ls /data") == "from-image\n"
     assert await caller.shell("origin", "ls /data") == "from-image\nmine\n"
-    volumes = {one["Name"] for one in rig.engine.call("GET", "/volumes")["Volumes"]}
+    before = {volume["Name"] for volume in rig.engine.call("GET", "/volumes")["Volumes"]}
     await caller.delete("twin")
-    left = {one["Name"] for one in rig.engine.call("GET", "/volumes")["Volumes"]}
-    assert len(volumes - left) == 1
+    after = {volume["Name"] for volume in rig.engine.call("GET", "/volumes")["Volumes"]}
+    assert len(before - after) == 1
     assert await caller.shell("origin", "cat /data/mine") == "mine\n"
 
 
 @pytest.mark.deep
-async def test_a_source_that_the_engine_lost(caller: Caller, rig: Rig) -> None:
-    made = await caller.create("origin", 0)
+async def test_a_revision_of_a_source_without_its_engine_container_can_be_cloned(caller: Caller, rig: Rig) -> None:
+    await caller.create("origin", 0)
     await caller.shell("origin", WRITE_FILES)
     files = await _files(caller, "origin")
-    made = await caller.update("origin", env={"A": "1"})
-    rig.engine.call("DELETE", f"/containers/{made.status.engine_id}?force=1")
+    updated = await caller.update("origin", env={"A": "1"})
+    rig.engine.call("DELETE", f"/containers/{updated.status.engine_id}?force=1")
     async with asyncio.timeout(limit(10)):
         while (await caller.get("origin")).status.state != container_pb2.CONTAINER_STATE_FAILED:
             await asyncio.sleep(0.05)
@@ -277,7 +273,7 @@ async def test_a_source_that_the_engine_lost(caller: Caller, rig: Rig) -> None:
     assert await _files(caller, "twin") == files
 
 
-async def test_a_plan_counts_what_is_copied(caller: Caller) -> None:
+async def test_the_plan_of_a_clone_has_the_bytes_to_copy(caller: Caller) -> None:
     await caller.create("origin", 0, image=GLIBC)
     await caller.shell("origin", "dd if=/dev/zero of=/blocks bs=1M count=64 2>/dev/null")
     request = clone_request("origin", "twin", validate_only=True)
@@ -285,10 +281,10 @@ async def test_a_plan_counts_what_is_copied(caller: Caller) -> None:
     assert plan.bytes_to_move == 0 or 64 << 20 <= plan.bytes_to_move <= plan.bytes_available
 
 
-async def test_another_image_is_refused(caller: Caller) -> None:
+async def test_a_clone_cannot_have_another_image(caller: Caller) -> None:
     await caller.create("origin", 0)
     for mask in ("", "image", "env,image"):
-        told = await failure(caller.clone("origin", "twin", mask, image=GLIBC))
-        assert told.reason == "INVALID_ARGUMENT"
-    told = await failure(caller.clone("Origin", "Twin", owner="!", revision=-1))
-    assert set(told.violations) == {"name", "source", "owner", "revision"}
+        error = await failure(caller.clone("origin", "twin", mask, image=GLIBC))
+        assert error.reason == "INVALID_ARGUMENT"
+    error = await failure(caller.clone("Origin", "Twin", owner="!", revision=-1))
+    assert set(error.violations) == {"name", "source", "owner", "revision"}

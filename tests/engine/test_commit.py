@@ -26,7 +26,7 @@ STAGE_RUNNING = operation_pb2.OPERATION_STAGE_STATE_RUNNING
 
 
 @pytest.fixture(autouse=True)
-def images(rig: Rig) -> Iterator[None]:
+def committed_images(rig: Rig) -> Iterator[None]:
     """Takes the test's images away, and sees to it that no operation has left one of its own."""
     yield
     left = _tags(rig)
@@ -37,7 +37,7 @@ def images(rig: Rig) -> Iterator[None]:
     assert not [tag for tag in left if tag.startswith(("gpudock/raw:", "gpudock/commit:"))]
 
 
-def shown(rig: Rig, image: str) -> dict[str, Any]:
+def inspect_image(rig: Rig, image: str) -> dict[str, Any]:
     """An image, inspected."""
     answer: dict[str, Any] = rig.engine.call("GET", f"/images/{image}/json")
     return answer
@@ -68,9 +68,9 @@ async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller,
     image = progress.result
     assert progress.stages == ["copy-files", "difference", "commit-files", "image", "tag", "commit", "clean"]
     assert (image.name, image.container, image.revision) == (NAME, "box", 1)
-    made = shown(rig, NAME)
+    made = inspect_image(rig, NAME)
     assert (made["Id"], made["Size"], made["Author"], made["Comment"]) == (image.id, image.size_bytes, "me", "a note")
-    config, base = made["Config"], shown(rig, CUDA_LIKE)["Config"]
+    config, base = made["Config"], inspect_image(rig, CUDA_LIKE)["Config"]
     assert config["Labels"] == {**(base["Labels"] or {}), "team": "x", "v": "1"}
     path = next(line for line in base["Env"] if line.startswith("PATH="))
     # What the image itself says of cards, and nothing of what the container had.
@@ -135,9 +135,9 @@ async def test_a_name_moves_to_the_new_image_and_a_request_id_makes_one(caller: 
     asked = {"tag": TAG, "request_id": "1b4e28ba-2fa1-41d2-883f-0016d3cca427"}
     second = await caller.commit("box", REPOSITORY, **asked)
     assert second.id != first.id
-    assert shown(rig, NAME)["Id"] == second.id
+    assert inspect_image(rig, NAME)["Id"] == second.id
     # The old one has lost its name and nothing else.
-    assert shown(rig, first.id)["RepoTags"] == []
+    assert inspect_image(rig, first.id)["RepoTags"] == []
     assert await caller.commit("box", REPOSITORY, **asked) == second
     listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
     newest = listed.operations[0]
@@ -164,7 +164,7 @@ async def test_a_cancel_leaves_the_name_with_the_old_one(daemons: IsolatedDaemon
         await caller.operations.CancelOperation(operation_service_pb2.CancelOperationRequest(id=operation_id))
         cancelled = await failure(progress_of(stream))
         assert (cancelled.code, cancelled.reason) == (grpc.StatusCode.CANCELLED, "OPERATION_CANCELLED")
-        assert shown(rig, NAME)["Id"] == old.id
+        assert inspect_image(rig, NAME)["Id"] == old.id
         assert (await caller.get("box")).status.state == RUNNING
         # The engine does not stop what it has begun: its image appears later, and is taken away.
         async with asyncio.timeout(limit(120)):
@@ -172,7 +172,7 @@ async def test_a_cancel_leaves_the_name_with_the_old_one(daemons: IsolatedDaemon
                 await asyncio.sleep(0.1)
             while f"gpudock/raw:{operation_id}" in _tags(rig):
                 await asyncio.sleep(0.1)
-        assert shown(rig, NAME)["Id"] == old.id
+        assert inspect_image(rig, NAME)["Id"] == old.id
 
 
 def _tags(rig: Rig) -> list[str]:
@@ -243,7 +243,7 @@ async def test_a_carry_by_commit_keeps_the_images_own_config(daemons: IsolatedDa
         for gpus in (2, 0):
             scaled = await caller.scale("box", gpus)
             engine = rig.engine.call("GET", f"/containers/{scaled.status.engine_id}/json")
-            carried, base = shown(rig, engine["Image"]), shown(rig, "gpudock/own:test")
+            carried, base = inspect_image(rig, engine["Image"]), inspect_image(rig, "gpudock/own:test")
             assert carried["Config"] == base["Config"]
             assert carried["RootFS"]["Layers"][: len(base["RootFS"]["Layers"])] == base["RootFS"]["Layers"]
             assert "A=1" in engine["Config"]["Env"]
@@ -254,7 +254,7 @@ async def test_a_carry_by_commit_keeps_the_images_own_config(daemons: IsolatedDa
 @pytest.mark.deep
 async def test_carries_by_commit_are_squashed_in_time(daemons: IsolatedDaemons, rig: Rig) -> None:
     daemon = await daemons.start("--layer-carry", "commit")
-    base = len(shown(rig, IMAGE)["RootFS"]["Layers"])
+    base = len(inspect_image(rig, IMAGE)["RootFS"]["Layers"])
     depths, before = [], set(_tags(rig))
     async with Caller(daemon.target) as caller:
         await caller.create("box", 1)
@@ -262,7 +262,7 @@ async def test_carries_by_commit_are_squashed_in_time(daemons: IsolatedDaemons, 
             await caller.shell("box", f"echo {number} > /n{number}; rm -f /n{number - 2}")
             scaled = await caller.scale("box", 1 + number % 2, strategy=container_service_pb2.SCALE_STRATEGY_RECREATE)
             engine = rig.engine.call("GET", f"/containers/{scaled.status.engine_id}/json")
-            depths.append(len(shown(rig, engine["Image"])["RootFS"]["Layers"]) - base)
+            depths.append(len(inspect_image(rig, engine["Image"])["RootFS"]["Layers"]) - base)
         assert depths == [*range(1, 21), 1, 2, 3, 4]
         assert await caller.shell("box", "cd /; ls -d n*; cat n22 n23") == "n22\nn23\n22\n23\n"
         await caller.delete("box")
@@ -307,7 +307,7 @@ async def test_holes_are_told_before_they_are_written_out(caller: Caller, rig: R
     assert sparse.expected_freeze.ToMilliseconds() - empty.expected_freeze.ToMilliseconds() < 10
     assert empty.expected_freeze.ToMilliseconds() > 0
     await caller.commit("box", REPOSITORY, tag=TAG)
-    assert shown(rig, NAME)["Size"] - shown(rig, IMAGE)["Size"] >= 100 << 20
+    assert inspect_image(rig, NAME)["Size"] - inspect_image(rig, IMAGE)["Size"] >= 100 << 20
     await caller.create("other", image=NAME)
     assert await caller.shell("other", "tail -c 4 /sparse; stat -c %s /sparse") == f"end\n{(100 << 20) + 4}\n"
 
@@ -321,10 +321,10 @@ BASE = "gpudock/committed:base"
 def base(rig: Rig) -> str:
     """An image that gpudock did not commit, as an operator or a pull leaves it."""
     rig.images.derive(BASE, IMAGE, changes=[], files={"base": b"base"})
-    return str(shown(rig, BASE)["Id"])
+    return str(inspect_image(rig, BASE)["Id"])
 
 
-async def owned(caller: Caller, name: str, owner: str, **fields: Any) -> container_pb2.Container:
+async def create_for_owner(caller: Caller, name: str, owner: str, **fields: Any) -> container_pb2.Container:
     """Create a container that belongs to `owner`."""
     request = container_service_pb2.CreateContainerRequest(name=name, owner=owner, spec=caller.spec(**fields))
     return await result_of(caller.containers.CreateContainer(request))
@@ -346,22 +346,22 @@ async def test_the_name_of_a_base_image_cannot_be_taken_over(caller: Caller, rig
                 assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "IMAGE_EXISTS")
                 assert ("commit_replace forbids `replace` on this node" in refused.message) == replace
                 assert "commit_replace" in refused.message
-    assert shown(rig, BASE)["Id"] == base
+    assert inspect_image(rig, BASE)["Id"] == base
     await caller.create("other", image=BASE)
     assert await caller.shell("other", "ls /planted 2>/dev/null || true") == ""
 
 
 async def test_a_name_is_replaced_for_the_same_owner_alone(caller: Caller, rig: Rig) -> None:
-    await owned(caller, "box", "alice")
+    await create_for_owner(caller, "box", "alice")
     first = await caller.commit("box", REPOSITORY, tag=TAG)
-    await owned(caller, "theirs", "mallory")
+    await create_for_owner(caller, "theirs", "mallory")
     refused = await failure(progress_of(caller.containers.CommitContainer(request(name="theirs"))))
     assert refused.reason == "IMAGE_EXISTS"
     assert "it was not committed for owner 'mallory' under this name" in refused.message
     assert "alice" not in refused.message + str(refused.metadata)
-    assert shown(rig, NAME)["Id"] == first.id
+    assert inspect_image(rig, NAME)["Id"] == first.id
     second = await caller.commit("box", REPOSITORY, tag=TAG)
-    assert shown(rig, NAME)["Id"] == second.id != first.id
+    assert inspect_image(rig, NAME)["Id"] == second.id != first.id
     # The operator gives alice's image another name: gpudock did not commit it as that.
     rig.engine.call("POST", f"/images/{second.id}/tag", query={"repo": REPOSITORY, "tag": "base"})
     refused = await failure(progress_of(caller.containers.CommitContainer(request(tag="base"))))
@@ -374,12 +374,12 @@ async def test_an_operator_allows_replacing_and_limits_names(daemons: IsolatedDa
         "--commit-replace", "any", "--commit-repositories", f"gpudock/committed/{{owner}},{REPOSITORY}"
     )
     async with Caller(daemon.target) as caller:
-        await owned(caller, "box", "alice")
+        await create_for_owner(caller, "box", "alice")
         refused = await failure(progress_of(caller.containers.CommitContainer(request(tag="base"))))
         assert refused.reason == "IMAGE_EXISTS"
-        assert shown(rig, BASE)["Id"] == base
+        assert inspect_image(rig, BASE)["Id"] == base
         made = await caller.commit("box", REPOSITORY, tag="base", replace=True)
-        assert shown(rig, BASE)["Id"] == made.id
+        assert inspect_image(rig, BASE)["Id"] == made.id
         for repository in ("gpudock/committed-other", "gpudock", "docker.io/other"):
             forbidden = await failure(
                 progress_of(caller.containers.CommitContainer(request(repository=repository, validate_only=True)))
@@ -403,4 +403,4 @@ async def test_a_name_that_another_image_gets_during_a_commit_stays_with_that(
             break
     refused = await failure(progress_of(stream))
     assert refused.reason == "IMAGE_EXISTS"
-    assert shown(rig, NAME)["Id"] == base
+    assert inspect_image(rig, NAME)["Id"] == base

@@ -1,4 +1,4 @@
-"""What a container may do at most: processes, memory, capabilities."""
+"""Limits of a container: processes, memory, capabilities."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from tests.rig import GLIBC, Rig
 __all__ = ["daemons"]
 
 MIB = 1 << 20
-# As many children as are asked for; what the shell says of those that it could not start comes on stderr.
-FORKS = "n=0; while [ $n -lt {0} ]; do sleep 30 & n=$((n+1)); done; echo started"
+# Starts a number of child processes; the shell reports on stderr those that it cannot start.
+START_CHILDREN = "n=0; while [ $n -lt {0} ]; do sleep 30 & n=$((n+1)); done; echo started"
 
 
 def host_config(rig: Rig, container: container_pb2.Container) -> dict[str, object]:
-    """What the engine was told for a container."""
-    shown: dict[str, object] = docker_inspect(rig, container.status.engine_id)["HostConfig"]
-    return shown
+    """The host config of the engine container of a container."""
+    config: dict[str, object] = docker_inspect(rig, container.status.engine_id)["HostConfig"]
+    return config
 
 
-async def test_a_container_has_the_nodes_defaults(caller: Caller, rig: Rig) -> None:
+async def test_a_container_without_limits_has_the_defaults_of_the_node(caller: Caller, rig: Rig) -> None:
     container = await caller.create("plain", image=GLIBC)
     host = host_config(rig, container)
     assert (host["PidsLimit"], host["CapDrop"]) == (4096, ["MKNOD", "NET_RAW"])
     assert not host["SecurityOpt"]
     assert container.spec.pids_limit == 0
-    # The socket by which one could answer ARP requests for another container's address.
+    # With a raw socket a container could answer ARP requests for the address of another one.
     script = "import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW)"
-    done = await caller.run("plain", "python3", "-c", script)
-    assert done.code == 1
-    assert b"PermissionError" in done.stderr
+    result = await caller.run("plain", "python3", "-c", script)
+    assert result.code == 1
+    assert b"PermissionError" in result.stderr
 
 
 @pytest.mark.deep
 async def test_a_fork_bomb_stays_in_its_container(caller: Caller, rig: Rig) -> None:
     limited = await caller.create("bomb", pids_limit=32)
     await caller.create("beside")
-    done = await caller.run("bomb", "sh", "-c", FORKS.format(500))
-    assert b"can't fork" in done.stderr
+    result = await caller.run("bomb", "sh", "-c", START_CHILDREN.format(500))
+    assert b"can't fork" in result.stderr
     processes = rig.engine.call("GET", f"/containers/{limited.status.engine_id}/top")["Processes"]
     assert 16 <= len(processes) <= 32
-    assert await caller.shell("beside", FORKS.format(64)) == "started\n"
+    assert await caller.shell("beside", START_CHILDREN.format(64)) == "started\n"
 
 
-async def test_the_limit_changes_in_place_and_goes_with_a_successor(caller: Caller, rig: Rig) -> None:
+async def test_the_process_limit_changes_in_place_and_is_kept_by_a_scale(caller: Caller, rig: Rig) -> None:
     first = await caller.create("grows", 1, pids_limit=32)
     after = await caller.update("grows", pids_limit=64)
     assert (after.spec.pids_limit, after.status.engine_id) == (64, first.status.engine_id)
@@ -68,9 +68,9 @@ async def test_the_limit_changes_in_place_and_goes_with_a_successor(caller: Call
 async def test_limits_above_the_nodes_maximum(daemons: IsolatedDaemons, rig: Rig) -> None:
     before = await daemons.start("--max-pids-limit", "0", "--default-pids-limit", "0", "--drop-net-raw", "false")
     async with Caller(before.target) as caller:
-        had = await caller.create("had", memory_bytes=256 * MIB, pids_limit=512)
-        free = await caller.create("free")
-        host = host_config(rig, free)
+        limited = await caller.create("limited", memory_bytes=256 * MIB, pids_limit=512)
+        unlimited = await caller.create("unlimited")
+        host = host_config(rig, unlimited)
         assert (host["PidsLimit"], host["CapDrop"]) == (None, ["MKNOD"])
     await asyncio.to_thread(before.stop)
     flags = ("--max-memory", "128MiB", "--max-pids-limit", "256", "--default-pids-limit", "128")
@@ -80,32 +80,32 @@ async def test_limits_above_the_nodes_maximum(daemons: IsolatedDaemons, rig: Rig
             refused = await failure(caller.create("greedy", **{name: value}))
             assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "LIMIT_FORBIDDEN")
             assert (refused.metadata["field"], refused.metadata["maximum"]) == (name, str(maximum))
-            assert (await failure(caller.update("free", mask="", **{name: value}))).reason == "LIMIT_FORBIDDEN"
-        assert (await failure(caller.scale("free", memory_bytes=1 << 30))).reason == "LIMIT_FORBIDDEN"
-        modest = host_config(rig, await caller.create("modest"))
-        assert (modest["Memory"], modest["PidsLimit"], modest["SecurityOpt"]) == (
+            assert (await failure(caller.update("unlimited", mask="", **{name: value}))).reason == "LIMIT_FORBIDDEN"
+        assert (await failure(caller.scale("unlimited", memory_bytes=1 << 30))).reason == "LIMIT_FORBIDDEN"
+        created = host_config(rig, await caller.create("default"))
+        assert (created["Memory"], created["PidsLimit"], created["SecurityOpt"]) == (
             128 * MIB,
             128,
             ["no-new-privileges"],
         )
-        # What was made under other settings is no drift, keeps what it has, and takes other changes.
+        # Containers that were created with other settings are no drift, keep their limits, and accept other changes.
         await wait_for_passes(caller, 3)
         assert not await list_drift(caller)
-        assert host_config(rig, free)["PidsLimit"] is None
-        changed = await caller.scale("had", cpus=0.5)
-        assert changed.status.engine_id == had.status.engine_id
+        assert host_config(rig, unlimited)["PidsLimit"] is None
+        changed = await caller.scale("limited", cpus=0.5)
+        assert changed.status.engine_id == limited.status.engine_id
         assert (host_config(rig, changed)["Memory"], host_config(rig, changed)["PidsLimit"]) == (256 * MIB, 512)
-        assert host_config(rig, await caller.scale("free", cpus=0.5))["PidsLimit"] is None
-        # A successor has the defaults of today.
-        replaced = host_config(rig, await caller.scale("free", shm_size_bytes=MIB))
+        assert host_config(rig, await caller.scale("unlimited", cpus=0.5))["PidsLimit"] is None
+        # A new engine container has the current defaults.
+        replaced = host_config(rig, await caller.scale("unlimited", shm_size_bytes=MIB))
         assert (replaced["Memory"], replaced["PidsLimit"]) == (128 * MIB, 128)
-        # What a spec says is what the container has: docker update is undone.
+        # Limits that docker update changed become those of the spec again.
         docker_update(rig, changed.status.engine_id, PidsLimit=1000)
 
-        async def set_back() -> bool:
+        async def is_restored() -> bool:
             return host_config(rig, changed)["PidsLimit"] == 512
 
-        await until(set_back)
-        finding = await wait_for_drift(caller, "LIMITS_CHANGED")
-        assert (finding.container, finding.actual) == ("had", f"cpus=0.5 memory_bytes={256 * MIB} pids_limit=1000")
+        await until(is_restored)
+        drift = await wait_for_drift(caller, "LIMITS_CHANGED")
+        assert (drift.container, drift.actual) == ("limited", f"cpus=0.5 memory_bytes={256 * MIB} pids_limit=1000")
         await caller.delete_all()
