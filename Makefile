@@ -23,8 +23,8 @@ DESTDIR ?=
 WHEEL ?=
 # Options of `python -m tests.vm`, such as `--on xfs` or `--accel kvm`.
 VM_OPTIONS ?=
-# Rooms of tests/mutants/rooms.toml (all, if empty), how many mutants of each (0: all), and which ones these are.
-ROOM ?=
+# A group of tests/mutants/groups.toml (empty: all), the number of mutants of each (0: all), and the seed that chooses them.
+GROUP ?=
 SAMPLE ?= 0
 SEED ?= 1
 
@@ -72,8 +72,8 @@ test-vm: $(STAMP) .vm/.fetched ## run the tests that need project quotas, in VMs
 	$(BIN)/python -m pytest -p tests.vm.fail_on_skip tests/vm/test_machine.py tests/vm/test_fail_on_skip.py
 	$(BIN)/python -m tests.vm $(VM_OPTIONS) -- $(BIN)/python -m pytest $(VM_PYTEST) $(VM_TESTS)
 
-mutants: $(STAMP) ## check that the fast tests fail on changed code; ROOM=core/operations SAMPLE=300 SEED=1
-	$(BIN)/python -m tests.mutants $(ROOM) --sample $(SAMPLE) --seed $(SEED) $(MUTANTS_ARGS)
+mutants: $(STAMP) ## check that the fast tests fail on changed code; GROUP=core/operations SAMPLE=300 SEED=1
+	$(BIN)/python -m tests.mutants $(GROUP) --sample $(SAMPLE) --seed $(SEED) $(MUTANTS_ARGS)
 
 bench: $(STAMP) ## compare gpudock with the docker command line
 	$(BIN)/python -m benchmarks

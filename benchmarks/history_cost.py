@@ -67,7 +67,7 @@ async def measure_history(environment: Environment) -> list[Row]:
 
 
 class _Changed:
-    """A container in which a process writes, scaled from 1 card to 2 and back, or returned to a revision."""
+    """A container in which a process writes, scaled from 1 GPU to 2 and back, or returned to a revision."""
 
     def __init__(self, environment: Environment, caller: Caller, name: str) -> None:
         self._environment = environment
@@ -86,7 +86,7 @@ class _Changed:
         return await self._downtime(self._caller.containers.ScaleContainer(scale_request(self._name, gpus)))
 
     async def rollback(self) -> float:
-        """To the latest revision with other cards; milliseconds without a process."""
+        """To the latest revision with other GPUs; milliseconds without a process."""
         gpus = (await self._caller.get(self._name)).spec.gpus.count
         kept = [revision for revision in await self._caller.revisions(self._name) if revision.HasField("snapshot")]
         revision = max(revision.revision for revision in kept if revision.spec.gpus.count != gpus)

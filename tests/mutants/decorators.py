@@ -1,10 +1,10 @@
-"""Rewrite source code so that mutmut, which leaves decorated functions alone, changes these as well."""
+"""Rewrites source code so that mutmut, which does not change decorated functions, changes them too."""
 
 from __future__ import annotations
 
 import ast
 
-# Decorators that are calls like any other, and are made so below the function.
+# Decorators that are replaced by a call below the function.
 _CALLED = {"property", "asynccontextmanager", "contextmanager"}
 # Decorators that do nothing when the program runs.
 _IDLE = {"override"}
@@ -17,7 +17,7 @@ def without_decorators(code: str) -> str:
     """
     lines = code.splitlines()
     drop: set[int] = set()
-    # What comes after a line, by its number from 1.
+    # Lines to insert after a line, by its number from 1.
     after: dict[int, str] = {}
     for node in ast.walk(ast.parse(code)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

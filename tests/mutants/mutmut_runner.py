@@ -1,13 +1,13 @@
-"""Run mutmut in a room's folder, with changes of our own to what it mutates. A program, not a module.
+"""Run mutmut in the folder of a group, with changes to its mutations. A program, not a module.
 
-`generate` makes the mutants, `run FILE` tries those that the file names, one at a time. What is changed:
+`generate` creates the mutants, `run FILE` tries those that the file names, one at a time. The changes:
 
-- A statement that is a call, or that raises, is left out: mutmut has no such mutation, and a check that is gone is the
-  defect that is sought most.
-- The wording of messages (strings with a space in them, and formatted strings) is not mutated, neither as such nor as
-  an argument. Nor are calls of a logger.
-- The quickest tests of a mutant run first.
-- Tests that hang are killed when their time is over, and with every mutant what its tests leave running.
+- Statements that are a call, or that raise, are removed: mutmut has no such mutation, and a missing check is the most
+  important defect.
+- Texts of messages (strings with a space, and formatted strings) are not mutated, neither alone nor as an argument. Nor
+  are calls of a logger.
+- The fastest tests of a mutant run first.
+- Tests that hang are killed at their time limit, and after each mutant the processes that its tests left behind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mutmut.workers.isolation import ForkServerRunner
 # From linux/prctl.h.
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-# What a process has to end in by itself, in seconds, once SIGXCPU says that its time is over.
+# The time in seconds in which a process must end after SIGXCPU.
 _GRACE_SECONDS = 2.0
 
 

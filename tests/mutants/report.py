@@ -1,4 +1,4 @@
-"""What a room's mutants came to, and those of them that no test noticed, each as a difference."""
+"""Reports the outcomes of the mutants of a group, and a diff of each mutant that no test noticed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 _EXPLAINED = Path(__file__).with_name("explained.toml")
 
 
-class Verdict(StrEnum):
-    """What the tests said of a mutant. `UNSEEN`: no test runs the function; counted with those that survived."""
+class Outcome(StrEnum):
+    """The outcome of the tests for a mutant. `UNSEEN`: no test runs the function; counted as survived."""
 
     CAUGHT = "caught"
     TIMED_OUT = "timed out"
@@ -26,25 +26,25 @@ class Verdict(StrEnum):
     OPEN = "open"
 
 
-# pytest's exit codes, mutmut's own, and signals: SIGXCPU when its time is over, SIGKILL where that was no end.
-# Others were not foreseen.
-_VERDICTS: dict[int | None, Verdict] = {
-    None: Verdict.OPEN,
-    2: Verdict.OPEN,
-    0: Verdict.SURVIVED,
-    1: Verdict.CAUGHT,
-    3: Verdict.CAUGHT,
-    5: Verdict.UNSEEN,
-    33: Verdict.UNSEEN,
-    36: Verdict.TIMED_OUT,
-    24: Verdict.TIMED_OUT,
-    -24: Verdict.TIMED_OUT,
-    -9: Verdict.TIMED_OUT,
-    152: Verdict.TIMED_OUT,
-    # Its tests could not even be collected.
-    255: Verdict.CAUGHT,
+# Exit codes of pytest and of mutmut, and signals: SIGXCPU at the time limit, SIGKILL if the process did not end then.
+# Other codes mean CRASHED.
+_OUTCOMES: dict[int | None, Outcome] = {
+    None: Outcome.OPEN,
+    2: Outcome.OPEN,
+    0: Outcome.SURVIVED,
+    1: Outcome.CAUGHT,
+    3: Outcome.CAUGHT,
+    5: Outcome.UNSEEN,
+    33: Outcome.UNSEEN,
+    36: Outcome.TIMED_OUT,
+    24: Outcome.TIMED_OUT,
+    -24: Outcome.TIMED_OUT,
+    -9: Outcome.TIMED_OUT,
+    152: Outcome.TIMED_OUT,
+    # The tests could not be collected.
+    255: Outcome.CAUGHT,
 }
-_NOTICED = (Verdict.CAUGHT, Verdict.TIMED_OUT)
+_NOTICED = (Outcome.CAUGHT, Outcome.TIMED_OUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Mutant:
 
     name: str
     function: str
-    verdict: Verdict
+    outcome: Outcome
     removed: str
     added: str
     context: str
@@ -65,7 +65,7 @@ class Mutant:
 
 
 def read_mutants(folder: Path) -> list[Mutant]:
-    """All mutants of the room in this folder, with what is known of them."""
+    """All mutants of the group in this folder, with what is known of them."""
     found: list[Mutant] = []
     for meta in sorted((folder / "mutants").rglob("*.py.meta")):
         module = meta.with_suffix("")
@@ -84,7 +84,7 @@ def read_mutants(folder: Path) -> list[Mutant]:
                 Mutant(
                     name=name,
                     function=f"{name.rpartition('.')[0]}:{mangled[1:].strip('ǁ_').replace('ǁ', '.')}",
-                    verdict=_VERDICTS.get(code, Verdict.CRASHED),
+                    outcome=_OUTCOMES.get(code, Outcome.CRASHED),
                     removed="\n".join(line[1:].strip() for line in changes if line.startswith("-")),
                     added="\n".join(line[1:].strip() for line in changes if line.startswith("+")),
                     context="\n".join(line for line in changes if not line.startswith("@@")),
@@ -94,7 +94,7 @@ def read_mutants(folder: Path) -> list[Mutant]:
 
 
 def forget(folder: Path, names: Container[str]) -> None:
-    """Have no verdict on the mutants of these `names`."""
+    """Remove the recorded outcomes of the mutants with these `names`."""
     for meta in (folder / "mutants").rglob("*.py.meta"):
         content = json.loads(meta.read_text())
         codes: dict[str, int | None] = content["exit_code_by_key"]
@@ -103,39 +103,41 @@ def forget(folder: Path, names: Container[str]) -> None:
             meta.write_text(json.dumps(content, indent=4))
 
 
-def write_report(room: str, mutants: Sequence[Mutant], chosen: Sequence[Mutant], minimum: int) -> tuple[str, list[str]]:
-    """A report on a room, of which those `chosen` were tried, and what is wrong.
+def write_report(
+    group: str, mutants: Sequence[Mutant], chosen: Sequence[Mutant], minimum: int
+) -> tuple[str, list[str]]:
+    """Return a report on a group, of which the `chosen` mutants were tried, and the problems.
 
-    Wrong are a share of mutants that were caught below `minimum` percent, and explanations without a mutant.
+    Problems are a share of caught mutants below `minimum` percent, and explanations without a mutant.
     """
     entries: list[dict[str, Any]] = tomllib.loads(_EXPLAINED.read_text()).get("explained", [])
     reasons = {
         (entry["function"], entry["removed"].strip(), entry["added"].strip()): entry["reason"]
         for entry in entries
-        if entry["room"] == room
+        if entry["group"] == group
     }
     problems = [
-        f"{room}: explained.toml has a mutant of {key[0]} that does not exist:\n- {key[1]}\n+ {key[2]}"
+        f"{group}: explained.toml has a mutant of {key[0]} that does not exist:\n- {key[1]}\n+ {key[2]}"
         for key in reasons.keys() - {mutant.key for mutant in mutants}
     ]
-    tried = [mutant for mutant in chosen if mutant.verdict is not Verdict.OPEN]
-    numbers = Counter(mutant.verdict for mutant in tried)
-    survivors = [mutant for mutant in tried if mutant.verdict not in _NOTICED]
+    tried = [mutant for mutant in chosen if mutant.outcome is not Outcome.OPEN]
+    numbers = Counter(mutant.outcome for mutant in tried)
+    survivors = [mutant for mutant in tried if mutant.outcome not in _NOTICED]
     explained = [mutant for mutant in survivors if mutant.key in reasons]
     counted = len(tried) - len(explained)
-    percent = 100 * sum(numbers[verdict] for verdict in _NOTICED) / counted if counted else 100.0
+    percent = 100 * sum(numbers[outcome] for outcome in _NOTICED) / counted if counted else 100.0
     share = f"{percent:.1f} % caught" if tried else "nothing tried"
     if percent < minimum or (minimum and not tried):
-        problems.append(f"{room}: {share}; at least {minimum} % of the mutants must be caught")
+        problems.append(f"{group}: {share}; at least {minimum} % of the mutants must be caught")
     head = (
-        f"{room}: {len(mutants)} mutants, {len(tried)} of {len(chosen)} chosen ones tried: {numbers[Verdict.CAUGHT]} "
-        f"caught, {numbers[Verdict.TIMED_OUT]} timed out, {numbers[Verdict.SURVIVED]} survived, "
-        f"{numbers[Verdict.UNSEEN]} run by no test, {numbers[Verdict.CRASHED]} crashed; {len(explained)} of these "
+        f"{group}: {len(mutants)} mutants, {len(tried)} of {len(chosen)} chosen ones tried: {numbers[Outcome.CAUGHT]} "
+        f"caught, {numbers[Outcome.TIMED_OUT]} timed out, {numbers[Outcome.SURVIVED]} survived, "
+        f"{numbers[Outcome.UNSEEN]} run by no test, {numbers[Outcome.CRASHED]} crashed; {len(explained)} of these "
         f"explained and left out; {share}"
     )
     parts = [head, ""]
     for mutant in sorted(survivors, key=lambda mutant: (mutant.key in reasons, mutant.function)):
-        parts += [f"{mutant.verdict}: {mutant.name}", mutant.context]
+        parts += [f"{mutant.outcome}: {mutant.name}", mutant.context]
         if mutant.key in reasons:
             parts.append(f"  explained: {reasons[mutant.key]}")
         parts.append("")

@@ -15,7 +15,7 @@ import pytest
 from tests.mutants import report
 from tests.mutants.__main__ import ROOT
 from tests.mutants.decorators import without_decorators
-from tests.mutants.report import Verdict, forget, read_mutants, write_report
+from tests.mutants.report import Outcome, forget, read_mutants, write_report
 from tests.rig.patience import limit
 
 pytestmark = pytest.mark.deep
@@ -77,14 +77,14 @@ def folder(tmp_path: Path) -> Path:
 def explain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: str) -> None:
     file = tmp_path / "explained.toml"
     file.write_text(
-        f"[[explained]]\nroom = 'r'\nfunction = 'm:f'\nremoved = 'return a + 1'\nadded = '{added}'\nreason = 'so'\n"
+        f"[[explained]]\ngroup = 'r'\nfunction = 'm:f'\nremoved = 'return a + 1'\nadded = '{added}'\nreason = 'so'\n"
     )
     monkeypatch.setattr(report, "_EXPLAINED", file)
 
 
 def test_surviving_mutants_are_shown_and_counted(folder: Path) -> None:
     mutants = read_mutants(folder)
-    assert [mutant.verdict for mutant in mutants] == [Verdict.CAUGHT, Verdict.SURVIVED]
+    assert [mutant.outcome for mutant in mutants] == [Outcome.CAUGHT, Outcome.SURVIVED]
     text, problems = write_report("r", mutants, mutants, 85)
     assert "1 caught, 0 timed out, 1 survived" in text
     assert "+    return a + 2" in text
@@ -103,7 +103,7 @@ def test_a_report_without_tried_mutants_is_a_problem(folder: Path) -> None:
 
 def test_a_forgotten_mutant_has_no_result(folder: Path) -> None:
     forget(folder, {"m.x_f__mutmut_2"})
-    assert [mutant.verdict for mutant in read_mutants(folder)] == [Verdict.CAUGHT, Verdict.OPEN]
+    assert [mutant.outcome for mutant in read_mutants(folder)] == [Outcome.CAUGHT, Outcome.OPEN]
 
 
 def test_an_explained_survivor_is_not_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,16 +203,16 @@ def still_running(folder: Path) -> list[str]:
 def test_a_mutant_that_hangs_is_killed_with_its_processes_and_counts_as_timed_out(project: Path) -> None:
     with run(project, "run", "todo.txt") as running:
         assert running.wait() == 0, (project / "mutmut.log").read_text()
-    verdicts = {mutant.added: mutant.verdict for mutant in read_mutants(project)}
-    assert verdicts["number += 1"] is Verdict.TIMED_OUT
-    assert verdicts["while number > 1:"] is Verdict.CAUGHT
+    outcomes = {mutant.added: mutant.outcome for mutant in read_mutants(project)}
+    assert outcomes["number += 1"] is Outcome.TIMED_OUT
+    assert outcomes["while number > 1:"] is Outcome.CAUGHT
     assert not still_running(project)
 
 
 def any_caught(folder: Path) -> bool:
     """Return whether a mutant is recorded as caught; False while the record is being written."""
     try:
-        return Verdict.CAUGHT in {mutant.verdict for mutant in read_mutants(folder)}
+        return Outcome.CAUGHT in {mutant.outcome for mutant in read_mutants(folder)}
     except json.JSONDecodeError:
         return False
 
@@ -228,6 +228,6 @@ def test_an_interrupted_run_keeps_its_results_and_leaves_no_process(project: Pat
         _, errors = interrupted.communicate(timeout=limit(60))
     assert interrupted.returncode == 130
     assert not errors
-    verdicts = {mutant.verdict for mutant in read_mutants(project)}
-    assert verdicts >= {Verdict.CAUGHT, Verdict.OPEN}
+    outcomes = {mutant.outcome for mutant in read_mutants(project)}
+    assert outcomes >= {Outcome.CAUGHT, Outcome.OPEN}
     assert not still_running(project)
