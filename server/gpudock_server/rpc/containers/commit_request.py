@@ -28,9 +28,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 def commit(request: container_service_pb2.CommitContainerRequest) -> Commit:
     """Convert a CommitContainerRequest."""
-    violations = Violations()
-    fields.name(violations, "name", request.name)
-    fields.optional_uuid(violations, "request_id", request.request_id)
+    violations = fields.check_mutation(request)
     _repository(violations, request.repository)
     if request.tag and not is_tag(request.tag):
         violations.add("tag", "must match ^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")

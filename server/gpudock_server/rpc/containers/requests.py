@@ -90,7 +90,7 @@ def create(request: container_service_pb2.CreateContainerRequest, host: HostCapa
 
 def start(request: container_service_pb2.StartContainerRequest) -> Start:
     """Convert a StartContainerRequest."""
-    violations = _check_common(request)
+    violations = fields.check_mutation(request)
     command = Start(
         name=request.name,
         gpus=gpus(violations.at("gpus"), request.gpus) if request.HasField("gpus") else None,
@@ -103,7 +103,7 @@ def start(request: container_service_pb2.StartContainerRequest) -> Start:
 
 def stop(request: container_service_pb2.StopContainerRequest) -> Stop:
     """Convert a StopContainerRequest."""
-    violations = _check_common(request)
+    violations = fields.check_mutation(request)
     timeout = _timeout(violations, request.timeout) if request.HasField("timeout") else None
     violations.raise_if_any()
     return Stop(name=request.name, keep_resources=request.keep_resources, timeout=timeout, etag=request.etag)
@@ -111,7 +111,7 @@ def stop(request: container_service_pb2.StopContainerRequest) -> Stop:
 
 def restart(request: container_service_pb2.RestartContainerRequest) -> Restart:
     """Convert a RestartContainerRequest."""
-    violations = _check_common(request)
+    violations = fields.check_mutation(request)
     command = Restart(
         name=request.name,
         timeout=_timeout(violations, request.timeout) if request.HasField("timeout") else None,
@@ -124,25 +124,25 @@ def restart(request: container_service_pb2.RestartContainerRequest) -> Restart:
 
 def pause(request: container_service_pb2.PauseContainerRequest) -> Pause:
     """Convert a PauseContainerRequest."""
-    _check_common(request).raise_if_any()
+    fields.check_mutation(request).raise_if_any()
     return Pause(name=request.name, etag=request.etag)
 
 
 def unpause(request: container_service_pb2.UnpauseContainerRequest) -> Unpause:
     """Convert an UnpauseContainerRequest."""
-    _check_common(request).raise_if_any()
+    fields.check_mutation(request).raise_if_any()
     return Unpause(name=request.name, etag=request.etag)
 
 
 def delete(request: container_service_pb2.DeleteContainerRequest) -> Delete:
     """Convert a DeleteContainerRequest."""
-    _check_common(request).raise_if_any()
+    fields.check_mutation(request).raise_if_any()
     return Delete(name=request.name, force=request.force, etag=request.etag)
 
 
 def scale(request: container_service_pb2.ScaleContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Scale:
     """Convert a ScaleContainerRequest."""
-    violations = _check_common(request)
+    violations = fields.check_mutation(request)
     given = {field for field in _SCALABLE if request.HasField(field)}  # type: ignore[arg-type]  # literals, by name
     if not given:
         violations.add("gpus", f"at least one of {', '.join(_SCALABLE)} is required")
@@ -164,7 +164,7 @@ def scale(request: container_service_pb2.ScaleContainerRequest, host: HostCapaci
 
 def update(request: container_service_pb2.UpdateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Update:
     """Convert an UpdateContainerRequest."""
-    violations = _check_common(request)
+    violations = fields.check_mutation(request)
     change = spec_change(violations, request, SPEC_FIELDS, host)
     if not request.update_mask.paths and not change.fields:
         violations.add("update_mask", "is required if `spec` and `edits` are empty")
@@ -207,7 +207,7 @@ def clone(request: container_service_pb2.CloneContainerRequest, host: HostCapaci
 
 def rollback(request: container_service_pb2.RollbackContainerRequest) -> Rollback:
     """Convert a RollbackContainerRequest."""
-    violations = _check_common(request)
+    violations = fields.check_mutation(request)
     command = Rollback(
         name=request.name,
         revision=fields.in_range(violations, "revision", request.revision, 1, _MAX_REVISION),
@@ -230,32 +230,10 @@ def get_revision(request: container_service_pb2.GetContainerRevisionRequest) -> 
 
 def delete_revision(request: container_service_pb2.DeleteContainerRevisionRequest) -> DeleteRevision:
     """Convert a DeleteContainerRevisionRequest."""
-    violations = _check_common(request)
+    violations = fields.check_mutation(request)
     revision = fields.in_range(violations, "revision", request.revision, 1, _MAX_REVISION)
     violations.raise_if_any()
     return DeleteRevision(name=request.name, revision=revision, etag=request.etag)
-
-
-_ExistingContainerRequest = (
-    container_service_pb2.StartContainerRequest
-    | container_service_pb2.StopContainerRequest
-    | container_service_pb2.RestartContainerRequest
-    | container_service_pb2.PauseContainerRequest
-    | container_service_pb2.UnpauseContainerRequest
-    | container_service_pb2.DeleteContainerRequest
-    | container_service_pb2.ScaleContainerRequest
-    | container_service_pb2.UpdateContainerRequest
-    | container_service_pb2.RollbackContainerRequest
-    | container_service_pb2.DeleteContainerRevisionRequest
-)
-
-
-def _check_common(request: _ExistingContainerRequest) -> Violations:
-    """Check the fields that all mutations of an existing container share."""
-    violations = Violations()
-    fields.name(violations, "name", request.name)
-    fields.optional_uuid(violations, "request_id", request.request_id)
-    return violations
 
 
 def _timeout(violations: Violations, message: Duration) -> float | None:

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from google.protobuf.message import Message
 
 from gpudock_server.core.operations.engine import RequestKey
+from gpudock_server.rpc.validation.fields import MutationRequest
 
 # Not in the digest: the id itself, and credentials, of which not even a digest may be stored.
 _IGNORED_FIELDS = ("request_id", "registry_auth")
-
-M = TypeVar("M", bound=Message)
-
-
-class MutationRequest(Protocol):
-    """The request of a mutation of one resource."""
-
-    @property
-    def request_id(self) -> str:
-        """The id that the caller chose; empty for none."""
-        ...
 
 
 class OperationRequest(MutationRequest, Protocol):

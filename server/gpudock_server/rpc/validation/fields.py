@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -39,6 +39,28 @@ _MAX_ENV_NAME_BYTES = 255
 _OWNER = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._@/-]{0,126}[A-Za-z0-9])?", re.ASCII)
 _USER_PART = re.compile(r"[^:\s\0-]([^:\s\0]{0,254})", re.ASCII)
 _MAX_ID = 2**31 - 1
+
+
+class MutationRequest(Protocol):
+    """A request that changes a resource."""
+
+    @property
+    def name(self) -> str:
+        """The name of the resource."""
+        ...
+
+    @property
+    def request_id(self) -> str:
+        """The id that the caller chose; empty for none."""
+        ...
+
+
+def check_mutation(request: MutationRequest) -> Violations:
+    """Check the fields that all mutations of an existing resource share."""
+    violations = Violations()
+    name(violations, "name", request.name)
+    optional_uuid(violations, "request_id", request.request_id)
+    return violations
 
 
 def name(violations: Violations, field: str, value: str) -> str:

@@ -64,7 +64,7 @@ def adopt(request: volume_service_pb2.AdoptVolumeRequest) -> Adopt:
 
 def resize(request: volume_service_pb2.ResizeVolumeRequest) -> Resize:
     """Convert a ResizeVolumeRequest."""
-    violations = _check_common(request)
+    violations = fields.check_mutation(request)
     if request.size_bytes == 0:
         violations.add("size_bytes", "is required")
     else:
@@ -75,7 +75,7 @@ def resize(request: volume_service_pb2.ResizeVolumeRequest) -> Resize:
 
 def delete(request: volume_service_pb2.DeleteVolumeRequest) -> Delete:
     """Convert a DeleteVolumeRequest."""
-    _check_common(request).raise_if_any()
+    fields.check_mutation(request).raise_if_any()
     return Delete(name=request.name, etag=request.etag, force=request.force)
 
 
@@ -94,12 +94,3 @@ def _check_creation(
 
 def _backend(violations: Violations, value: int) -> VolumeBackendKind | None:
     return fields.enum_value(violations, "backend", value, _BACKENDS, None)
-
-
-def _check_common(
-    request: volume_service_pb2.ResizeVolumeRequest | volume_service_pb2.DeleteVolumeRequest,
-) -> Violations:
-    violations = Violations()
-    fields.name(violations, "name", request.name)
-    fields.optional_uuid(violations, "request_id", request.request_id)
-    return violations
