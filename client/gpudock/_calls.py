@@ -10,8 +10,9 @@ import asyncio
 import random
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc.aio
 
@@ -19,6 +20,8 @@ from gpudock.errors import GpudockError, Unavailable, error_of
 
 Q = TypeVar("Q")
 R = TypeVar("R")
+
+Stream: TypeAlias = "grpc.aio.UnaryStreamCall[Any, Any]"
 
 _FIRST_DELAY = 0.1
 _LONGEST_DELAY = 3.0
@@ -44,6 +47,34 @@ class Backoff:
             self._failures = 0
             raise error
         await asyncio.sleep(delay)
+
+
+class ReopenedStream:
+    """A stream of responses that is opened by `read`, and opened again after `drop`."""
+
+    def __init__(self, open_stream: Callable[[], Stream]) -> None:
+        self._open = open_stream
+        self._stream: Stream | None = None
+
+    async def read(self) -> Any:  # noqa: ANN401 - a message of any RPC with a `oneof event`
+        """Return the next response; None at the end of the stream. Raises GpudockError."""
+        if self._stream is None:
+            self._stream = self._open()
+        try:
+            response = await self._stream.read()
+        except grpc.aio.AioRpcError as failure:
+            raise error_of(failure) from failure
+        except asyncio.CancelledError:
+            # gRPC ends the stream with the cancelled read; a later read, for instance after a timeout, opens a new one.
+            self.drop()
+            raise
+        return response if hasattr(response, "WhichOneof") else None
+
+    def drop(self) -> None:
+        """End the stream."""
+        if self._stream is not None:
+            self._stream.cancel()
+            self._stream = None
 
 
 @dataclass(frozen=True, slots=True)

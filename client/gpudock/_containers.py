@@ -8,10 +8,10 @@ from typing import Any, Unpack, cast
 import grpc.aio
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from gpudock._calls import Calls, request_id_or_new
+from gpudock._calls import Calls, Stream, request_id_or_new
 from gpudock._enums import enum_value
 from gpudock._exec import Completed, ExecOptions, ExecSession, collect, exec_method, exec_start
-from gpudock._operations import OperationCall, Operations, Stream
+from gpudock._operations import OperationCall, Operations
 from gpudock._pages import Pages
 from gpudock._spec import ChangeOptions, Gpus, Seconds, SpecOptions, duration, gpu_request, spec_of, split_options
 from gpudock._watch import Watch

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias, TypedDict, TypeVar
 import grpc
 import grpc.aio
 
-from gpudock._signals import signal_number
 from gpudock._spec import Seconds, duration
 from gpudock.errors import GpudockError, Internal, error_of
 from gpudock.v1 import container_service_pb2
@@ -32,6 +31,17 @@ _LARGE_BLOCK = 4 * 1024 * 1024
 # One byte of tag and up to five of length.
 _MAX_HEADER_BYTES = 6
 _SIGNAL_BASE = 128
+# Signals of Linux, which containers use also where this client runs on another system: signal(7).
+_SIGNAL_NAMES = """
+    HUP INT QUIT ILL TRAP ABRT BUS FPE KILL USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT STOP TSTP TTIN TTOU URG
+    XCPU XFSZ VTALRM PROF WINCH IO PWR SYS
+""".split()  # noqa: SIM905 - as a literal list it is a screen long
+_SIGNAL_NUMBERS = {name: number for number, name in enumerate(_SIGNAL_NAMES, start=1)} | {
+    "POLL": 29,
+    "RTMIN": 34,
+    "RTMAX": 64,
+}
+_UNKNOWN_SIGNAL = 127
 _NOT_ENTERED = "the session is not open; use `async with ... as session`"
 
 
@@ -118,7 +128,7 @@ class ExecExit:
     @property
     def returncode(self) -> int:
         """The exit code as in a shell: `code`, or 128 plus the number of the signal."""
-        return _SIGNAL_BASE + signal_number(self.signal) if self.code is None else self.code
+        return _SIGNAL_BASE + _signal_number(self.signal) if self.code is None else self.code
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +352,15 @@ async def _send_stdin(session: ExecSession, stdin: bytes | None) -> None:
 def _exit_of(exited: pb.ExecExited) -> ExecExit:
     code = exited.code if exited.HasField("code") else None
     return ExecExit(code=code, signal=exited.signal, message=exited.message, timed_out=exited.timed_out)
+
+
+def _signal_number(name: str) -> int:
+    """Return the number of a signal such as `SIGTERM` or `SIGRTMIN+3`; 127, which is no signal, for an unknown name."""
+    for sign in "+-":
+        base, found, offset = name.partition(sign)
+        if found and offset.isdecimal():
+            return _signal_number(base) + int(sign + offset)
+    return _SIGNAL_NUMBERS.get(name.removeprefix("SIG"), _UNKNOWN_SIGNAL)
 
 
 def _result_without_waiting(answer: Coroutine[Any, Any, T]) -> T:

@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterable
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import grpc
 import grpc.aio
 
-from gpudock._calls import Backoff, Calls, request_id_or_new
+from gpudock._calls import Backoff, Calls, ReopenedStream, Stream, request_id_or_new
 from gpudock._enums import enum_value
 from gpudock._pages import Pages
-from gpudock.errors import GpudockError, Unavailable, error_of
+from gpudock.errors import GpudockError, Unavailable
 from gpudock.v1 import operation_pb2 as pb
 from gpudock.v1 import operation_service_pb2 as service
 from gpudock.v1.committed_image_pb2 import CommittedImage
@@ -23,9 +23,6 @@ from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
 from gpudock.v1.volume_pb2 import Volume
 
 T = TypeVar("T")
-
-# Each RPC has its own response, with `oneof event { Operation operation; <Result> result; }`.
-Stream: TypeAlias = "grpc.aio.UnaryStreamCall[Any, Any]"
 
 # The codes of a lost connection, where the status did not come from the server.
 CONNECTION_LOST_CODES = frozenset(
@@ -52,7 +49,10 @@ class OperationCall(Generic[T]):
         validate_only: bool = False,
         resource: Callable[[Any], T],
     ) -> None:
-        """`begin` calls the RPC of the operation; without it, `operation_id` is watched. `resource` reads results."""
+        """`begin` calls the RPC of the operation; without it, `operation_id` is watched. `resource` reads results.
+
+        The responses of each such RPC have `oneof event { Operation operation; <Result> result; }`.
+        """
         self._operations = operations
         self._begin = begin
         self._resource = resource
@@ -60,7 +60,7 @@ class OperationCall(Generic[T]):
         # Before the operation is known, there is nothing to reattach to: retry like any other call.
         self._backoff = Backoff(operations.calls.retry_for)
         self._reading = asyncio.Lock()
-        self._stream: Stream | None = None
+        self._stream = ReopenedStream(self._open)
         self._unread: deque[pb.Operation] = deque()
         self._ended = False
         self._result: T | None = None
@@ -113,7 +113,7 @@ class OperationCall(Generic[T]):
 
     async def aclose(self) -> None:
         """Stop watching. The operation continues."""
-        self._drop_stream()
+        self._stream.drop()
         self._ended = True
 
     async def _first(self) -> pb.Operation:
@@ -132,7 +132,7 @@ class OperationCall(Generic[T]):
             try:
                 event = await self._event()
             except GpudockError as error:
-                self._drop_stream()
+                self._stream.drop()
                 if not self._is_lost(error):
                     self._ended, self._error = True, error
                     raise
@@ -162,17 +162,8 @@ class OperationCall(Generic[T]):
         return None
 
     async def _event(self) -> Any:  # noqa: ANN401 - a message of any operation's RPC
-        if self._stream is None:
-            self._stream = self._open()
-        try:
-            event = await self._stream.read()
-        except grpc.aio.AioRpcError as failure:
-            raise error_of(failure) from failure
-        except asyncio.CancelledError:
-            # gRPC ends the stream with the cancelled read; a later read, for instance after a timeout, opens a new one.
-            self._drop_stream()
-            raise
-        if hasattr(event, "WhichOneof"):
+        event = await self._stream.read()
+        if event is not None:
             return event
         if self._validate_only and self.snapshot is not None:
             self._ended = True
@@ -183,17 +174,12 @@ class OperationCall(Generic[T]):
         """Wait until the server ends the stream; cancelling it would look like a client that disconnected."""
         with contextlib.suppress(GpudockError):
             await self._event()
-        self._drop_stream()
+        self._stream.drop()
 
     def _open(self) -> Stream:
         if self._begin is not None and not self.operation_id:
             return self._begin()
         return self._operations.attach(self.operation_id)
-
-    def _drop_stream(self) -> None:
-        if self._stream is not None:
-            self._stream.cancel()
-            self._stream = None
 
     def _is_lost(self, error: GpudockError) -> bool:
         """Return whether the connection failed and not the operation."""

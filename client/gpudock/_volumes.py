@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import grpc.aio
 
-from gpudock._calls import Calls, request_id_or_new
+from gpudock._calls import Calls, Stream, request_id_or_new
 from gpudock._enums import enum_value
-from gpudock._operations import OperationCall, Operations, Stream
+from gpudock._operations import OperationCall, Operations
 from gpudock._pages import Pages
 from gpudock._watch import Watch
 from gpudock.v1 import volume_service_pb2 as pb

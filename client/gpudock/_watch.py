@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import grpc
-import grpc.aio
 
-from gpudock._calls import Backoff, Calls
-from gpudock._operations import CONNECTION_LOST_CODES, Stream
-from gpudock.errors import GpudockError, Unavailable, error_of
+from gpudock._calls import Backoff, Calls, ReopenedStream, Stream
+from gpudock._operations import CONNECTION_LOST_CODES
+from gpudock.errors import GpudockError, Unavailable
 
 T = TypeVar("T")
 
@@ -44,11 +42,10 @@ class Watch(Generic[T]):
     def __init__(self, calls: Calls, begin: Callable[[str], Stream], resume_token: str, *, checkpoints: bool) -> None:
         """`begin` opens the stream after a token, which is empty at the beginning."""
         self._calls = calls
-        self._begin = begin
         # Before the first response, retry like any other call.
         self._backoff = Backoff(calls.retry_for)
         self._checkpoints = checkpoints
-        self._stream: Stream | None = None
+        self._stream = ReopenedStream(lambda: begin(self.resume_token))
         self.resume_token: str = resume_token
         """The position after the last event or checkpoint; empty before the first."""
 
@@ -60,7 +57,7 @@ class Watch(Generic[T]):
             try:
                 response = await self._response()
             except GpudockError as error:
-                self._drop_stream()
+                self._stream.drop()
                 if not _is_lost(error):
                     raise
                 await self._backoff.wait(error)
@@ -76,27 +73,13 @@ class Watch(Generic[T]):
 
     async def aclose(self) -> None:
         """Stop watching; iterating again continues after the last event."""
-        self._drop_stream()
+        self._stream.drop()
 
     async def _response(self) -> Any:  # noqa: ANN401 - a message of any watch's RPC
-        if self._stream is None:
-            self._stream = self._begin(self.resume_token)
-        try:
-            response = await self._stream.read()
-        except grpc.aio.AioRpcError as failure:
-            raise error_of(failure) from failure
-        except asyncio.CancelledError:
-            # gRPC ends the stream with the cancelled read; a later read, for instance after a timeout, opens a new one.
-            self._drop_stream()
-            raise
-        if not hasattr(response, "WhichOneof"):
+        response = await self._stream.read()
+        if response is None:
             raise Unavailable("the server ended the watch", code=grpc.StatusCode.UNAVAILABLE)
         return response
-
-    def _drop_stream(self) -> None:
-        if self._stream is not None:
-            self._stream.cancel()
-            self._stream = None
 
 
 def _is_lost(error: GpudockError) -> bool:
