@@ -1,16 +1,17 @@
-"""Convert errors of volume backings to domain errors."""
+"""Errors of volume backings as domain errors."""
 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpudock_server.adapters.host.disk_space import available
 from gpudock_server.adapters.host.subprocesses import ProgramFailed
 from gpudock_server.adapters.volumes.backing_folder import BackingDamaged
-from gpudock_server.errors import DiskFull, VolumeFailed
+from gpudock_server.errors import DiskFull, VolumeFailed, VolumeTooSmallForData
+from gpudock_server.model.volume import VolumeBacking, VolumeUsage
 
 _NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -35,8 +36,16 @@ def volume_errors(call: str, name: str, root: Path, needed_bytes: int = 0) -> It
         raise VolumeFailed(volume=name, call=call, detail=str(error)) from error
 
 
+def require_fitting(backing: VolumeBacking, usage: VolumeUsage, size_bytes: int) -> None:
+    """Raise VolumeTooSmallForData if the files of a volume do not fit into `size_bytes`."""
+    if size_bytes < usage.minimum_bytes:
+        raise VolumeTooSmallForData(
+            volume=backing.name,
+            requested_bytes=size_bytes,
+            used_bytes=usage.used_bytes,
+            minimum_bytes=usage.minimum_bytes,
+        )
+
+
 def _full(root: Path, needed_bytes: int) -> DiskFull:
-    filesystem = os.statvfs(root)
-    return DiskFull(
-        path=str(root), needed_bytes=needed_bytes, available_bytes=filesystem.f_bavail * filesystem.f_frsize
-    )
+    return DiskFull(path=str(root), needed_bytes=needed_bytes, available_bytes=available(str(root)))

@@ -19,11 +19,11 @@ from gpudock_server.adapters.volumes.backing_folder import (
     backing_folders,
     backings_on_disk,
 )
-from gpudock_server.adapters.volumes.failures import volume_errors
+from gpudock_server.adapters.volumes.failures import require_fitting, volume_errors
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS, Filesystem
 from gpudock_server.adapters.volumes.pool import pool_usage
 from gpudock_server.adapters.volumes.private_mounts import DeviceMount, FilesLocation, MountedView, mount_privately
-from gpudock_server.errors import SizeNotSupported, VolumeInUse, VolumeTooSmallForData
+from gpudock_server.errors import SizeNotSupported, VolumeInUse
 from gpudock_server.model.volume import (
     BackingOnDisk,
     PoolUsage,
@@ -115,14 +115,7 @@ class LoopBackend(VolumeBackend):
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol. The image is truncated only after the filesystem has shrunk."""
         folder, filesystem = self._folder(backing), _filesystem(backing)
-        usage = await self.usage(backing)
-        if size_bytes < usage.minimum_bytes:
-            raise VolumeTooSmallForData(
-                volume=backing.name,
-                requested_bytes=size_bytes,
-                used_bytes=usage.used_bytes,
-                minimum_bytes=usage.minimum_bytes,
-            )
+        require_fitting(backing, await self.usage(backing), size_bytes)
         length = filesystem.image_bytes(size_bytes)
         with volume_errors("shrink", backing.name, self._root):
             async with self._view(folder, filesystem) as (view, mount):

@@ -16,7 +16,7 @@ from typing import Final
 from gpudock_server.adapters.host.subprocesses import ProgramFailed, missing_programs, run
 from gpudock_server.adapters.host.threads import run_to_end
 from gpudock_server.adapters.volumes.backing_folder import BackingDamaged, BackingFolder, backings_on_disk
-from gpudock_server.adapters.volumes.failures import volume_errors
+from gpudock_server.adapters.volumes.failures import require_fitting, volume_errors
 from gpudock_server.adapters.volumes.pool import pool_usage, recorded_ids
 from gpudock_server.adapters.volumes.private_mounts import FilesLocation
 from gpudock_server.adapters.volumes.quota_table import (
@@ -28,7 +28,7 @@ from gpudock_server.adapters.volumes.quota_table import (
     round_up,
     set_limit,
 )
-from gpudock_server.errors import SizeNotSupported, VolumeFailed, VolumeTooSmallForData
+from gpudock_server.errors import SizeNotSupported, VolumeFailed
 from gpudock_server.model.volume import (
     BackingOnDisk,
     PoolUsage,
@@ -143,7 +143,7 @@ class ProjectQuotaBackend(VolumeBackend):
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol. If data was written between the check and the new limit, the old limit is restored."""
         folder = self._folder(backing)
-        _check_fits(backing, await self.usage(backing), size_bytes)
+        require_fitting(backing, await self.usage(backing), size_bytes)
         with volume_errors("shrink", backing.name, self._root):
             mount = await self._mount()
             await set_limit(mount, backing.project_id, size_bytes)
@@ -151,7 +151,7 @@ class ProjectQuotaBackend(VolumeBackend):
             # statfs reports at most the limit, so a full volume may hold more: restore the old limit to measure it.
             if usage.used_bytes >= round_up(size_bytes):
                 await set_limit(mount, backing.project_id, backing.size_bytes)
-                _check_fits(backing, await self._usage(folder, backing), size_bytes)
+                require_fitting(backing, await self._usage(folder, backing), size_bytes)
                 await set_limit(mount, backing.project_id, size_bytes)
             return await _record_size(folder, backing, size_bytes)
 
@@ -246,16 +246,6 @@ class ProjectQuotaBackend(VolumeBackend):
 
 def _statvfs_both(data: Path, root: Path) -> tuple[os.statvfs_result, os.statvfs_result]:
     return os.statvfs(data), os.statvfs(root)
-
-
-def _check_fits(backing: VolumeBacking, usage: VolumeUsage, size_bytes: int) -> None:
-    if size_bytes < usage.minimum_bytes:
-        raise VolumeTooSmallForData(
-            volume=backing.name,
-            requested_bytes=size_bytes,
-            used_bytes=usage.used_bytes,
-            minimum_bytes=usage.minimum_bytes,
-        )
 
 
 async def _record_size(folder: BackingFolder, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:

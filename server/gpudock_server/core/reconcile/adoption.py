@@ -9,6 +9,7 @@ from datetime import timedelta
 import structlog
 
 from gpudock_server.core.containers.engine_containers import EngineContainers
+from gpudock_server.core.containers.history import revision_of
 from gpudock_server.core.containers.layer_images import layer_image_name_of
 from gpudock_server.core.containers.new_container import anonymous_volumes
 from gpudock_server.core.containers.operation_history import read_operation_history
@@ -331,17 +332,8 @@ def _empty_container(
 
 
 def _adopted_revision(container: Container, placement: Placement, labels: EngineContainerLabels) -> ContainerRevision:
-    return ContainerRevision(
-        container=container.name,
-        uid=container.uid,
-        revision=container.revision,
-        spec=container.spec,
-        cause=RevisionCause.ADOPTED,
-        placement=placement,
-        image_id=container.engine.user_image_id if container.engine else "",
-        create_time=now(),
-        operation_id=labels.operation_id,
-    )
+    revision = revision_of(container, RevisionCause.ADOPTED, labels.operation_id)
+    return revision.model_copy(update={"placement": placement})
 
 
 def _end_changes(stored: Versioned[Operation], container: Container) -> list[StoreChange]:
