@@ -29,10 +29,10 @@ from gpudock_server.adapters.etcd import (
     NodeTaken,
     this_process,
 )
+from gpudock_server.adapters.host.memory_and_disk import LocalHostUsage
 from gpudock_server.adapters.host.port_probe import HostPortProbe
 from gpudock_server.adapters.host.processes import HostProcessControl
 from gpudock_server.adapters.host.trees.limits import Limits
-from gpudock_server.adapters.host.usage import LocalHostUsage
 from gpudock_server.adapters.host_paths import HostPathBinder, MountNamespace
 from gpudock_server.adapters.layers import FolderRevisionBackupStore, OverlayLayerStore, OverlaySnapshotStore
 from gpudock_server.adapters.nvml import NvmlInventory

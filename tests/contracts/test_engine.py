@@ -274,14 +274,14 @@ async def test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_ow
     heir = await subject.create("heir", image=subject.volume_image, volumes={target: made})
     assert (await inspect_container(engine, heir)).volumes == {target: made}
     await engine.remove(heir, own_volumes=True)
-    assert await engine.has_volume(made), "it was given to that one by its name"
+    assert await engine.inspect_volume(made), "it was given to that one by its name"
     await engine.remove(first)
-    assert await engine.has_volume(made), "volumes stay"
+    assert await engine.inspect_volume(made), "volumes stay"
     third = await subject.create("third", image=subject.volume_image)
     own = (await inspect_container(engine, third)).volumes[target]
     for _ in range(2):
         await engine.remove(third, own_volumes=True)
-        assert not await engine.has_volume(own)
+        assert not await engine.inspect_volume(own)
     await engine.remove_volume(made)
 
 

@@ -102,7 +102,6 @@ async def test_what_is_put_is_read(store: Store) -> None:
     assert [one.revision for one in await store.history("uid-web")] == list(revisions)
     assert await store.revision("uid-web", 11) == RevisionView(revisions[2], None)
     assert dict((await store.claims("h1")).claims) == {GPU: holder("web", "op1"), PORT: holder("web", "op1")}
-    assert (await store.claims("h1")).claims_of_operation("op1") == (GPU, PORT)
     assert await store.request("r/1") == _RECORD
     for missing in (
         store.container("we"),

@@ -61,7 +61,7 @@ async def test_info(engine: DockerEngine, rig: Rig) -> None:
 @pytest.mark.parametrize("name", ["../containers/json", "..", ""])
 async def test_an_invalid_volume_name_is_refused(engine: DockerEngine, name: str) -> None:
     with pytest.raises(EngineRejected, match="is not a valid name or id"):
-        await engine.has_volume(name)
+        await engine.inspect_volume(name)
 
 
 async def test_a_container_has_all_fields_of_its_spec(engine: DockerEngine, rig: Rig, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ async def test_concurrent_removals_of_one_container_all_succeed(engine: DockerEn
     await asyncio.gather(*(engine.remove(box) for _ in range(8)))
     assert await engine.inspect(box) is None
     await engine.remove(box)
-    assert await engine.has_volume(volume), "the removal deleted the volume"
+    assert await engine.inspect_volume(volume), "the removal deleted the volume"
     assert rig.engine.call("GET", "/containers/json", query={"all": "1"}) == []
 
 

@@ -37,7 +37,7 @@ EngineCall = Callable[[DockerEngine, str], Awaitable[object]]
 CALLS: dict[str, EngineCall] = {
     "info": lambda engine, _: engine.info(),
     "image": lambda engine, _: engine.image(IMAGE),
-    "has_volume": lambda engine, _: engine.has_volume("v"),
+    "inspect_volume": lambda engine, _: engine.inspect_volume("v"),
     "remove_volume": lambda engine, _: engine.remove_volume("v"),
     "inspect": lambda engine, box: engine.inspect(box),
     "find": lambda engine, _: engine.find({"gpudock.uid": ""}),

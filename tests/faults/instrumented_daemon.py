@@ -67,7 +67,7 @@ CALLS: dict[type, tuple[frozenset[str], frozenset[str]]] = {
              "remove_volume", "exec"}
         ),
         frozenset(
-            {"info", "image", "image_names", "image_ids", "has_volume", "volume_names", "find_volumes",
+            {"info", "image", "image_names", "image_ids", "volume_names", "find_volumes",
              "inspect_volume", "mounting", "inspect", "find", "exited_within", "events"}
         ),
     ),

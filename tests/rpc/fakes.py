@@ -163,10 +163,6 @@ class FakeEngine(Engine):
         return tuple(self.volumes)
 
     @override
-    async def has_volume(self, name: str) -> bool:
-        return name in self.volumes
-
-    @override
     async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
         return ()
 

@@ -16,7 +16,7 @@ from gpudock.v1.container_service_pb2_grpc import ContainerServiceStub
 from gpudock.v1.node_service_pb2_grpc import NodeServiceStub
 from gpudock.v1.operation_service_pb2_grpc import OperationServiceStub
 from gpudock.v1.volume_service_pb2_grpc import VolumeServiceStub
-from gpudock_server.adapters.host.usage import LocalHostUsage
+from gpudock_server.adapters.host.memory_and_disk import LocalHostUsage
 from gpudock_server.adapters.host_paths import HostPathBinder
 from gpudock_server.core.assembly import NodeCore, NodePolicy, Ports
 from gpudock_server.core.exec.sessions import ExecSessions

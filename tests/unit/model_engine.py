@@ -206,10 +206,6 @@ class ModelEngine(FakeEngine):
         return tuple(self.volumes)
 
     @override
-    async def has_volume(self, name: str) -> bool:
-        return name in self.volumes
-
-    @override
     async def mounting(self, volume: str) -> tuple[EngineContainer, ...]:
         async with self.faults.call("mounting"):
             return tuple(container for container in self.containers.values() if volume in container.volumes.values())

@@ -66,7 +66,3 @@ class ClaimTable:
     def claims_of_container(self, uid: str) -> tuple[ClaimKey, ...]:
         """Return the claims that the container `uid` holds."""
         return tuple(key for key, holder in self.claims.items() if holder.uid == uid)
-
-    def claims_of_operation(self, operation_id: str) -> tuple[ClaimKey, ...]:
-        """Return the claims that an operation took and has not committed."""
-        return tuple(key for key, holder in self.claims.items() if holder.operation_id == operation_id)

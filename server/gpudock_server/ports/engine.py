@@ -80,10 +80,6 @@ class Engine(Protocol):
         """
         ...
 
-    async def has_volume(self, name: str) -> bool:
-        """Whether the engine has a volume of this name."""
-        ...
-
     async def volume_names(self) -> tuple[str, ...]:
         """Return the names of all engine volumes."""
         ...

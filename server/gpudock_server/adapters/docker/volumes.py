@@ -19,10 +19,6 @@ class VolumeCalls:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def has_volume(self, name: str) -> bool:
-        """Whether the engine has a volume of this name."""
-        return await self.inspect_volume(name) is not None
-
     async def volume_names(self) -> tuple[str, ...]:
         """The names of all volumes."""
         call = "list volumes"

@@ -37,7 +37,6 @@ class EntryCounter:
 
     def __init__(self, limits: Limits | None) -> None:
         self._limits = limits
-        self._most_entries = limits.entries if limits else None
         self.entries = 0
         self.name_characters = 0
 
