@@ -40,8 +40,7 @@ from gpudock_server.rpc.containers import messages as container_messages
 from gpudock_server.rpc.containers.spec_messages import RESTART_POLICIES, spec_message
 from gpudock_server.rpc.containers.spec_requests import spec as checked_spec
 from gpudock_server.rpc.exec.call import encoded_output, exec_exited_message
-from gpudock_server.rpc.nodes import gpu_messages
-from gpudock_server.rpc.nodes.messages import node_message
+from gpudock_server.rpc.nodes.messages import GPU_HEALTHS, gpu_message, node_message
 from gpudock_server.rpc.operations import messages as operation_messages
 from gpudock_server.rpc.timestamps import duration, timestamp
 from gpudock_server.rpc.validation.violations import Violations
@@ -78,14 +77,14 @@ def test_every_value_of_the_records_enums_has_one_of_the_contract() -> None:
     assert len(set(operation_messages.KINDS.values())) == len(OperationKind)
     assert len(set(operation_messages.STATES.values())) == len(OperationState)
     assert len(set(operation_messages.LAYER_TRANSFER_METHODS.values())) == len(LayerTransferMethod)
-    assert len(set(gpu_messages.HEALTHS.values())) == len(GpuHealth)
+    assert len(set(GPU_HEALTHS.values())) == len(GpuHealth)
     assert len(set(port_messages.PROTOCOLS.values())) == len(Protocol)
     every = (
         container_messages.STATES,
         operation_messages.KINDS,
         operation_messages.STATES,
         operation_messages.LAYER_TRANSFER_METHODS,
-        gpu_messages.HEALTHS,
+        GPU_HEALTHS,
         port_messages.PROTOCOLS,
     )
     assert not any(0 in table.values() for table in every)
@@ -355,17 +354,15 @@ def test_a_card_and_its_holder() -> None:
         mig_mode=MigMode.DISABLED,
         processes=(GpuProcess(pid=1, name="p"),),
     )
-    shown = gpu_messages.gpu_message(HeldGpu(card, HOLDER))
+    shown = gpu_message(HeldGpu(card, HOLDER))
     assert (shown.container, shown.schedulable, shown.unschedulable_reason) == ("train", True, "")
     assert shown.mig_mode == gpu_pb2.MIG_MODE_DISABLED
     assert shown.HasField("utilization_percent")
     assert not shown.HasField("temperature_celsius")
     assert not shown.processes[0].HasField("used_memory_bytes")
-    lost = gpu_messages.gpu_message(
-        HeldGpu(card.model_copy(update={"health": GpuHealth.LOST, "health_message": "XID 79"}), None)
-    )
+    lost = gpu_message(HeldGpu(card.model_copy(update={"health": GpuHealth.LOST, "health_message": "XID 79"}), None))
     assert (lost.container, lost.schedulable, lost.unschedulable_reason) == ("", False, "XID 79")
-    split = gpu_messages.gpu_message(HeldGpu(card.model_copy(update={"mig_mode": MigMode.ENABLED}), None))
+    split = gpu_message(HeldGpu(card.model_copy(update={"mig_mode": MigMode.ENABLED}), None))
     assert not split.schedulable
     assert "MIG" in split.unschedulable_reason
 

@@ -19,35 +19,40 @@ from gpudock.v1 import (
 
 from gpudock_server import tokens
 from gpudock_server.core.nodes import HeldGpu, HeldPort
-from gpudock_server.model.container import ContainerState
-from gpudock_server.model.drift import Drift, DriftKind, DriftSeverity
+from gpudock_server.model.drift import Drift
 from gpudock_server.model.gpu import GpuHealth
-from gpudock_server.model.operation import Operation, OperationKind, OperationState
+from gpudock_server.model.operation import Operation
 from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.spec import Protocol
 from gpudock_server.model.volume import VolumeRevision
 from gpudock_server.ports import ContainerView, RevisionView, VolumeDetails
 from gpudock_server.rpc.containers import messages as container_messages
 from gpudock_server.rpc.containers.spec_requests import PROTOCOL_OF
-from gpudock_server.rpc.nodes import drift_messages, gpu_messages
+from gpudock_server.rpc.nodes import messages as node_messages
 from gpudock_server.rpc.operations import messages as operation_messages
 from gpudock_server.rpc.validation import fields
 from gpudock_server.rpc.validation.violations import Violations
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 _DEFAULT_PAGE = 100
 _LARGEST_PAGE = 1000
 
-_CONTAINER_STATES: Mapping[int, ContainerState] = {value: state for state, value in container_messages.STATES.items()}
-_OPERATION_STATES: Mapping[int, OperationState] = {value: state for state, value in operation_messages.STATES.items()}
-_OPERATION_KINDS: Mapping[int, OperationKind] = {value: kind for kind, value in operation_messages.KINDS.items()}
-_DRIFT_KINDS: Mapping[int, DriftKind] = {value: kind for kind, value in drift_messages.KINDS.items()}
-_SEVERITIES: Mapping[int, DriftSeverity] = {value: severity for severity, value in drift_messages.SEVERITIES.items()}
+
+def _inverse(values: Mapping[K, int]) -> dict[int, K]:
+    return {value: key for key, value in values.items()}
+
+
+_CONTAINER_STATES = _inverse(container_messages.STATES)
+_OPERATION_STATES = _inverse(operation_messages.STATES)
+_OPERATION_KINDS = _inverse(operation_messages.KINDS)
+_DRIFT_KINDS = _inverse(node_messages.DRIFT_KINDS)
+_SEVERITIES = _inverse(node_messages.DRIFT_SEVERITIES)
 # In these filters the value 0 means "any", or a default.
 _GPU_HEALTHS: Mapping[int, GpuHealth | None] = {
     gpu_pb2.GPU_HEALTH_UNSPECIFIED: None,
-    **{value: health for health, value in gpu_messages.HEALTHS.items()},
+    **{value: health for health, value in node_messages.GPU_HEALTHS.items()},
 }
 _PROTOCOLS: Mapping[int, Protocol] = {port_pb2.PORT_PROTOCOL_UNSPECIFIED: Protocol.TCP, **PROTOCOL_OF}
 _RESOURCE_KINDS: Mapping[int, ResourceKind | None] = {

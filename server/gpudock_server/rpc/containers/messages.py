@@ -1,15 +1,20 @@
-"""Converts containers and committed images to messages."""
+"""Converts containers, their revisions and committed images to messages."""
 
 from gpudock.v1 import committed_image_pb2, container_pb2
+from gpudock.v1 import container_revision_pb2 as revision_pb2
 
-from gpudock_server.model.container import Container, ContainerState, ContainerStatus, EngineBinding
+from gpudock_server.model.container import Container, ContainerState, ContainerStatus, EngineBinding, RevisionCause
 from gpudock_server.model.image import CommittedImage
-from gpudock_server.ports import ContainerView
+from gpudock_server.model.snapshot import Snapshot, SnapshotKind
+from gpudock_server.ports import ContainerView, RevisionView
 from gpudock_server.rpc.containers.spec_messages import spec_message
 from gpudock_server.rpc.port_messages import port_binding_message
 from gpudock_server.rpc.timestamps import timestamp
 
 STATES = {state: container_pb2.ContainerState.Value(f"CONTAINER_STATE_{state.name}") for state in ContainerState}
+SNAPSHOT_KINDS = {kind: revision_pb2.SnapshotKind.Value(f"SNAPSHOT_KIND_{kind.name}") for kind in SnapshotKind}
+
+_CAUSES = {cause: revision_pb2.RevisionCause.Value(f"REVISION_CAUSE_{cause.name}") for cause in RevisionCause}
 
 # Docker's values of State.Health.Status; all others mean that there is no health check.
 _HEALTHS = {
@@ -68,4 +73,35 @@ def committed_image_message(image: CommittedImage) -> committed_image_pb2.Commit
         container=image.container,
         revision=image.revision,
         create_time=timestamp(image.create_time),
+    )
+
+
+def container_revision_message(view: RevisionView, current: int) -> revision_pb2.ContainerRevision:
+    """A revision with its snapshot; `current` is the number of the current revision of its container."""
+    revision, snapshot = view.revision, view.snapshot
+    return revision_pb2.ContainerRevision(
+        container=revision.container,
+        uid=revision.uid,
+        revision=revision.revision,
+        spec=spec_message(revision.spec),
+        cause=_CAUSES[revision.cause],
+        gpu_uuids=revision.placement.gpu_uuids,
+        ports=[port_binding_message(port) for port in revision.placement.ports],
+        image_id=revision.image_id,
+        snapshot=_snapshot(snapshot) if snapshot is not None else None,
+        layer_bytes=snapshot.layer_bytes if snapshot is not None else 0,
+        create_time=timestamp(revision.create_time),
+        operation_id=revision.operation_id,
+        current=revision.revision == current,
+        snapshot_warning=view.snapshot_warning,
+    )
+
+
+def _snapshot(snapshot: Snapshot) -> revision_pb2.Snapshot:
+    return revision_pb2.Snapshot(
+        kind=SNAPSHOT_KINDS[snapshot.kind],
+        layer_bytes=snapshot.layer_bytes,
+        new_bytes=snapshot.new_bytes,
+        entries=snapshot.entries,
+        create_time=timestamp(snapshot.create_time),
     )

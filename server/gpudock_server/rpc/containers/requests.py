@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
-from gpudock.v1 import container_service_pb2, registry_auth_pb2
+from gpudock.v1 import container_service_pb2 as pb
+from gpudock.v1 import registry_auth_pb2
 
 from gpudock_server.core.containers.commands import (
     Clone,
@@ -41,13 +42,13 @@ from gpudock_server.rpc.validation.fields import UNKNOWN_HOST
 from gpudock_server.rpc.validation.violations import Violations
 
 _PULL_POLICIES: Mapping[int, PullPolicy] = {
-    container_service_pb2.PullPolicy.Value(f"PULL_POLICY_{policy.name}"): policy for policy in PullPolicy
+    pb.PullPolicy.Value(f"PULL_POLICY_{policy.name}"): policy for policy in PullPolicy
 }
 _STRATEGIES: Mapping[int, ScaleStrategy] = {
-    container_service_pb2.ScaleStrategy.Value(f"SCALE_STRATEGY_{strategy.name}"): strategy for strategy in ScaleStrategy
+    pb.ScaleStrategy.Value(f"SCALE_STRATEGY_{strategy.name}"): strategy for strategy in ScaleStrategy
 }
 _FILES_POLICIES: Mapping[int, FilesPolicy | None] = {
-    container_service_pb2.FilesPolicy.Value(f"FILES_POLICY_{policy.name}"): policy for policy in FilesPolicy
+    pb.FilesPolicy.Value(f"FILES_POLICY_{policy.name}"): policy for policy in FilesPolicy
 }
 # A revision has ten digits in etcd keys.
 _MAX_REVISION = 9_999_999_999
@@ -57,7 +58,7 @@ _MAX_STALL_TIMEOUT = timedelta(days=1)
 _SCALABLE = ("gpus", "cpus", "memory_bytes", "shm_size_bytes")
 
 
-def get(request: container_service_pb2.GetContainerRequest) -> str:
+def get(request: pb.GetContainerRequest) -> str:
     """The name in a GetContainerRequest."""
     violations = Violations()
     name = fields.name(violations, "name", request.name)
@@ -65,7 +66,7 @@ def get(request: container_service_pb2.GetContainerRequest) -> str:
     return name
 
 
-def create(request: container_service_pb2.CreateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Create:
+def create(request: pb.CreateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Create:
     """Convert a CreateContainerRequest; `host` is the capacity that its limits are checked against."""
     violations = Violations()
     fields.owner(violations, "owner", request.owner)
@@ -88,7 +89,7 @@ def create(request: container_service_pb2.CreateContainerRequest, host: HostCapa
     return command
 
 
-def start(request: container_service_pb2.StartContainerRequest) -> Start:
+def start(request: pb.StartContainerRequest) -> Start:
     """Convert a StartContainerRequest."""
     violations = fields.check_mutation(request)
     command = Start(
@@ -101,7 +102,7 @@ def start(request: container_service_pb2.StartContainerRequest) -> Start:
     return command
 
 
-def stop(request: container_service_pb2.StopContainerRequest) -> Stop:
+def stop(request: pb.StopContainerRequest) -> Stop:
     """Convert a StopContainerRequest."""
     violations = fields.check_mutation(request)
     timeout = _timeout(violations, request.timeout) if request.HasField("timeout") else None
@@ -109,7 +110,7 @@ def stop(request: container_service_pb2.StopContainerRequest) -> Stop:
     return Stop(name=request.name, keep_resources=request.keep_resources, timeout=timeout, etag=request.etag)
 
 
-def restart(request: container_service_pb2.RestartContainerRequest) -> Restart:
+def restart(request: pb.RestartContainerRequest) -> Restart:
     """Convert a RestartContainerRequest."""
     violations = fields.check_mutation(request)
     command = Restart(
@@ -122,25 +123,25 @@ def restart(request: container_service_pb2.RestartContainerRequest) -> Restart:
     return command
 
 
-def pause(request: container_service_pb2.PauseContainerRequest) -> Pause:
+def pause(request: pb.PauseContainerRequest) -> Pause:
     """Convert a PauseContainerRequest."""
     fields.check_mutation(request).raise_if_any()
     return Pause(name=request.name, etag=request.etag)
 
 
-def unpause(request: container_service_pb2.UnpauseContainerRequest) -> Unpause:
+def unpause(request: pb.UnpauseContainerRequest) -> Unpause:
     """Convert an UnpauseContainerRequest."""
     fields.check_mutation(request).raise_if_any()
     return Unpause(name=request.name, etag=request.etag)
 
 
-def delete(request: container_service_pb2.DeleteContainerRequest) -> Delete:
+def delete(request: pb.DeleteContainerRequest) -> Delete:
     """Convert a DeleteContainerRequest."""
     fields.check_mutation(request).raise_if_any()
     return Delete(name=request.name, force=request.force, etag=request.etag)
 
 
-def scale(request: container_service_pb2.ScaleContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Scale:
+def scale(request: pb.ScaleContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Scale:
     """Convert a ScaleContainerRequest."""
     violations = fields.check_mutation(request)
     given = {field for field in _SCALABLE if request.HasField(field)}  # type: ignore[arg-type]  # literals, by name
@@ -162,7 +163,7 @@ def scale(request: container_service_pb2.ScaleContainerRequest, host: HostCapaci
     return command
 
 
-def update(request: container_service_pb2.UpdateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Update:
+def update(request: pb.UpdateContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Update:
     """Convert an UpdateContainerRequest."""
     violations = fields.check_mutation(request)
     change = spec_change(violations, request, SPEC_FIELDS, host)
@@ -184,7 +185,7 @@ def update(request: container_service_pb2.UpdateContainerRequest, host: HostCapa
     return command
 
 
-def clone(request: container_service_pb2.CloneContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Clone:
+def clone(request: pb.CloneContainerRequest, host: HostCapacity = UNKNOWN_HOST) -> Clone:
     """Convert a CloneContainerRequest."""
     violations = Violations()
     fields.owner(violations, "owner", request.owner)
@@ -205,7 +206,7 @@ def clone(request: container_service_pb2.CloneContainerRequest, host: HostCapaci
     return command
 
 
-def rollback(request: container_service_pb2.RollbackContainerRequest) -> Rollback:
+def rollback(request: pb.RollbackContainerRequest) -> Rollback:
     """Convert a RollbackContainerRequest."""
     violations = fields.check_mutation(request)
     command = Rollback(
@@ -219,7 +220,7 @@ def rollback(request: container_service_pb2.RollbackContainerRequest) -> Rollbac
     return command
 
 
-def get_revision(request: container_service_pb2.GetContainerRevisionRequest) -> tuple[str, int]:
+def get_revision(request: pb.GetContainerRevisionRequest) -> tuple[str, int]:
     """The name and the revision number in a GetContainerRevisionRequest; 0 is the current revision."""
     violations = Violations()
     name = fields.name(violations, "name", request.name)
@@ -228,7 +229,7 @@ def get_revision(request: container_service_pb2.GetContainerRevisionRequest) -> 
     return name, revision
 
 
-def delete_revision(request: container_service_pb2.DeleteContainerRevisionRequest) -> DeleteRevision:
+def delete_revision(request: pb.DeleteContainerRevisionRequest) -> DeleteRevision:
     """Convert a DeleteContainerRevisionRequest."""
     violations = fields.check_mutation(request)
     revision = fields.in_range(violations, "revision", request.revision, 1, _MAX_REVISION)
@@ -243,7 +244,7 @@ def _timeout(violations: Violations, message: Duration) -> float | None:
 
 def _pull_stall_timeout(
     violations: Violations,
-    request: container_service_pb2.CreateContainerRequest | container_service_pb2.UpdateContainerRequest,
+    request: pb.CreateContainerRequest | pb.UpdateContainerRequest,
 ) -> float | None:
     if not request.HasField("pull_stall_timeout"):
         return None

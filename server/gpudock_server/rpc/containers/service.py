@@ -21,8 +21,11 @@ from gpudock_server.ports import RevisionView
 from gpudock_server.rpc import list_requests, pagination, watch_requests
 from gpudock_server.rpc.containers import commit_request
 from gpudock_server.rpc.containers import requests as validation
-from gpudock_server.rpc.containers.messages import container_message, container_view_message
-from gpudock_server.rpc.containers.revision_messages import container_revision_message
+from gpudock_server.rpc.containers.messages import (
+    container_message,
+    container_revision_message,
+    container_view_message,
+)
 from gpudock_server.rpc.exec.call import serve_exec
 from gpudock_server.rpc.middleware.interceptor import Context
 from gpudock_server.rpc.operations import stream

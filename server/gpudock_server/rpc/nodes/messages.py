@@ -1,16 +1,32 @@
-"""Converts the view of a node to a message."""
+"""Converts nodes, GPUs and drift to messages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gpudock.v1 import node_pb2
+from gpudock.v1 import drift_pb2, gpu_pb2, node_pb2
 
-from gpudock_server.core.nodes import NodeView
+from gpudock_server.core.nodes import HeldGpu, NodeView
+from gpudock_server.core.placement.allocator import unavailable_reason
 from gpudock_server.model.claims import PortKey
+from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy, DriftSeverity
+from gpudock_server.model.gpu import Gpu, GpuHealth, GpuProcess, MigMode
 from gpudock_server.rpc.operations.messages import LAYER_TRANSFER_METHODS
 from gpudock_server.rpc.port_messages import port_range_message
 from gpudock_server.rpc.timestamps import timestamp
+
+GPU_HEALTHS = {health: gpu_pb2.GpuHealth.Value(f"GPU_HEALTH_{health.name}") for health in GpuHealth}
+
+_MIG_MODES = {
+    MigMode.UNSUPPORTED: gpu_pb2.MIG_MODE_NOT_SUPPORTED,
+    MigMode.DISABLED: gpu_pb2.MIG_MODE_DISABLED,
+    MigMode.ENABLED: gpu_pb2.MIG_MODE_ENABLED,
+}
+DRIFT_KINDS = {kind: drift_pb2.DriftKind.Value(f"DRIFT_KIND_{kind.name}") for kind in DriftKind}
+DRIFT_SEVERITIES = {
+    severity: drift_pb2.DriftSeverity.Value(f"DRIFT_SEVERITY_{severity.name}") for severity in DriftSeverity
+}
+_DRIFT_REMEDIES = {remedy: drift_pb2.DriftRemedy.Value(f"DRIFT_REMEDY_{remedy.name}") for remedy in DriftRemedy}
 
 
 def node_message(view: NodeView) -> node_pb2.Node:
@@ -82,4 +98,56 @@ def _components(view: NodeView) -> Iterator[node_pb2.ComponentHealth]:
         # A node without a driver is healthy. A driver that reports a problem is not.
         healthy=not (view.gpus.driver_version and view.gpus.message),
         message=view.gpus.message,
+    )
+
+
+def gpu_message(held: HeldGpu) -> gpu_pb2.Gpu:
+    """A GPU with its holder; values that the driver does not report are absent."""
+    gpu: Gpu = held.gpu
+    return gpu_pb2.Gpu(
+        uuid=gpu.uuid,
+        index=gpu.index,
+        minor_number=gpu.minor_number,
+        name=gpu.name,
+        pci_bus_id=gpu.pci_bus_id,
+        memory_total_bytes=gpu.memory_total_bytes,
+        memory_used_bytes=gpu.memory_used_bytes,
+        utilization_percent=gpu.utilization_percent,
+        temperature_celsius=gpu.temperature_celsius,
+        power_milliwatts=gpu.power_milliwatts,
+        mig_mode=_MIG_MODES[gpu.mig_mode],
+        health=GPU_HEALTHS[gpu.health],
+        health_message=gpu.health_message,
+        processes=[_process(process) for process in gpu.processes],
+        container=held.holder.container if held.holder else "",
+        schedulable=gpu.schedulable,
+        unschedulable_reason=unavailable_reason(gpu),
+    )
+
+
+def _process(process: GpuProcess) -> gpu_pb2.GpuProcess:
+    return gpu_pb2.GpuProcess(pid=process.pid, name=process.name, used_memory_bytes=process.used_memory_bytes)
+
+
+def drift_message(drift: Drift) -> drift_pb2.Drift:
+    """One difference between records, claims and engine."""
+    return drift_pb2.Drift(
+        kind=DRIFT_KINDS[drift.kind],
+        severity=DRIFT_SEVERITIES[drift.severity],
+        remedy=_DRIFT_REMEDIES[drift.remedy],
+        message=drift.message,
+        plan=drift.plan,
+        container=drift.container,
+        container_uid=drift.uid,
+        engine_id=drift.engine_id,
+        engine_name=drift.engine_name,
+        claim=drift.claim,
+        operation_id=drift.operation_id,
+        other_container=drift.other,
+        key=drift.key,
+        expected=drift.expected,
+        actual=drift.actual,
+        since_time=timestamp(drift.since),
+        due_time=timestamp(drift.due_time),
+        volume=drift.volume,
     )

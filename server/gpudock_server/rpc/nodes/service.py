@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpudock.v1 import node_service_pb2
+from gpudock.v1 import node_service_pb2 as pb
 from gpudock.v1.node_service_pb2_grpc import NodeServiceServicer
 from typing_extensions import override
 
@@ -15,13 +15,11 @@ from gpudock_server.errors import ContainerNotFound, RecordUnreadable
 from gpudock_server.model.claims import PortKey
 from gpudock_server.rpc import list_requests, pagination
 from gpudock_server.rpc.middleware.interceptor import Context
-from gpudock_server.rpc.nodes.drift_messages import drift_message
-from gpudock_server.rpc.nodes.gpu_messages import gpu_message
-from gpudock_server.rpc.nodes.messages import node_message
+from gpudock_server.rpc.nodes.messages import drift_message, gpu_message, node_message
 from gpudock_server.rpc.port_messages import port_claim_message, port_range_message
 from gpudock_server.rpc.timestamps import timestamp
 
-SERVICE = node_service_pb2.DESCRIPTOR.services_by_name["NodeService"].full_name
+SERVICE = pb.DESCRIPTOR.services_by_name["NodeService"].full_name
 
 
 class NodeService(NodeServiceServicer):
@@ -33,42 +31,34 @@ class NodeService(NodeServiceServicer):
         self._drift = drift
 
     @override
-    async def GetNode(
-        self, request: node_service_pb2.GetNodeRequest, context: Context
-    ) -> node_service_pb2.GetNodeResponse:
-        return node_service_pb2.GetNodeResponse(node=node_message(await self._nodes.get(request.name)))
+    async def GetNode(self, request: pb.GetNodeRequest, context: Context) -> pb.GetNodeResponse:
+        return pb.GetNodeResponse(node=node_message(await self._nodes.get(request.name)))
 
     @override
-    async def ListGpus(
-        self, request: node_service_pb2.ListGpusRequest, context: Context
-    ) -> node_service_pb2.ListGpusResponse:
+    async def ListGpus(self, request: pb.ListGpusRequest, context: Context) -> pb.ListGpusResponse:
         list_request = list_requests.gpus(request)
         found, token = pagination.from_memory(list_request, await self._nodes.gpus(request.node))
-        return node_service_pb2.ListGpusResponse(gpus=[gpu_message(held) for held in found], next_page_token=token)
+        return pb.ListGpusResponse(gpus=[gpu_message(held) for held in found], next_page_token=token)
 
     @override
-    async def ListPorts(
-        self, request: node_service_pb2.ListPortsRequest, context: Context
-    ) -> node_service_pb2.ListPortsResponse:
+    async def ListPorts(self, request: pb.ListPortsRequest, context: Context) -> pb.ListPortsResponse:
         list_request = list_requests.ports(request)
         held = await self._nodes.ports(request.node)
         found, token = pagination.from_memory(list_request, held)
         container_ports = await self._container_ports(found)
-        return node_service_pb2.ListPortsResponse(
+        return pb.ListPortsResponse(
             range=port_range_message(self._nodes.port_range, (port.key for port in held)),
             ports=[port_claim_message(port, container_ports.get(port.key, 0)) for port in found],
             next_page_token=token,
         )
 
     @override
-    async def ListDrift(
-        self, request: node_service_pb2.ListDriftRequest, context: Context
-    ) -> node_service_pb2.ListDriftResponse:
+    async def ListDrift(self, request: pb.ListDriftRequest, context: Context) -> pb.ListDriftResponse:
         list_request = list_requests.drift(request)
         await self._nodes.check(request.node)
         report = self._drift.report
         found, token = pagination.from_memory(list_request, report.items)
-        return node_service_pb2.ListDriftResponse(
+        return pb.ListDriftResponse(
             drift=[drift_message(drift) for drift in found],
             next_page_token=token,
             compare_time=timestamp(report.pass_time),

@@ -19,7 +19,7 @@ from gpudock_server.model.operation import (
     StageState,
 )
 from gpudock_server.model.resource import ResourceKind
-from gpudock_server.rpc.containers.revision_messages import SNAPSHOT_KINDS
+from gpudock_server.rpc.containers.messages import SNAPSHOT_KINDS
 from gpudock_server.rpc.containers.spec_diff import spec_changes
 from gpudock_server.rpc.containers.spec_messages import spec_message
 from gpudock_server.rpc.port_messages import port_binding_message

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from gpudock.v1 import volume_pb2, volume_service_pb2
+from gpudock.v1 import volume_pb2
+from gpudock.v1 import volume_service_pb2 as pb
 
 from gpudock_server.core.volumes.commands import Adopt, Create, Delete, Resize
 from gpudock_server.model.volume import VolumeBackendKind
@@ -23,7 +24,7 @@ _ENGINE_VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,254}", re.ASCII)
 _MIN_BYTES = 1 << 20
 
 
-def get(request: volume_service_pb2.GetVolumeRequest) -> str:
+def get(request: pb.GetVolumeRequest) -> str:
     """The name in a GetVolumeRequest."""
     violations = Violations()
     name = fields.name(violations, "name", request.name)
@@ -31,7 +32,7 @@ def get(request: volume_service_pb2.GetVolumeRequest) -> str:
     return name
 
 
-def create(request: volume_service_pb2.CreateVolumeRequest) -> Create:
+def create(request: pb.CreateVolumeRequest) -> Create:
     """Convert a CreateVolumeRequest."""
     violations = _check_creation(request)
     command = Create(
@@ -45,7 +46,7 @@ def create(request: volume_service_pb2.CreateVolumeRequest) -> Create:
     return command
 
 
-def adopt(request: volume_service_pb2.AdoptVolumeRequest) -> Adopt:
+def adopt(request: pb.AdoptVolumeRequest) -> Adopt:
     """Convert an AdoptVolumeRequest."""
     violations = _check_creation(request)
     if request.engine_volume and not _ENGINE_VOLUME.fullmatch(request.engine_volume):
@@ -62,7 +63,7 @@ def adopt(request: volume_service_pb2.AdoptVolumeRequest) -> Adopt:
     return command
 
 
-def resize(request: volume_service_pb2.ResizeVolumeRequest) -> Resize:
+def resize(request: pb.ResizeVolumeRequest) -> Resize:
     """Convert a ResizeVolumeRequest."""
     violations = fields.check_mutation(request)
     if request.size_bytes == 0:
@@ -73,14 +74,14 @@ def resize(request: volume_service_pb2.ResizeVolumeRequest) -> Resize:
     return Resize(name=request.name, size_bytes=request.size_bytes, etag=request.etag)
 
 
-def delete(request: volume_service_pb2.DeleteVolumeRequest) -> Delete:
+def delete(request: pb.DeleteVolumeRequest) -> Delete:
     """Convert a DeleteVolumeRequest."""
     fields.check_mutation(request).raise_if_any()
     return Delete(name=request.name, etag=request.etag, force=request.force)
 
 
 def _check_creation(
-    request: volume_service_pb2.CreateVolumeRequest | volume_service_pb2.AdoptVolumeRequest,
+    request: pb.CreateVolumeRequest | pb.AdoptVolumeRequest,
 ) -> Violations:
     violations = Violations()
     fields.name(violations, "name", request.name)
