@@ -279,8 +279,8 @@ class CopyResizeSaga(ResizeSaga):
     @property
     @override
     def steps(self) -> tuple[Step, ...]:
-        stop = [Step("stop", self._stop, self._start_again)] if self._running else []
-        start = [Step("start", self._start, self._stop_again), Step("verify", self._verify)] if self._running else []
+        stop = [Step("stop", self._stop, self._start)] if self._running else []
+        start = [Step("start", self._start, self._kill), Step("verify", self._verify)] if self._running else []
         return (
             Step(_MADE.step, self._make, self._remove),
             Step("copy", self._copy, interruptible=True),
@@ -330,7 +330,7 @@ class CopyResizeSaga(ResizeSaga):
         for user in self._running:
             await self._resize.engine.stop(user.engine_id, user.stop_seconds)
 
-    async def _start_again(self, _run: OperationRun) -> None:
+    async def _start(self, _run: OperationRun) -> None:
         for user in self._running:
             await self._resize.processes.start(user.engine_id, renew=False)
 
@@ -353,10 +353,7 @@ class CopyResizeSaga(ResizeSaga):
         if (located := _LOCATED.find(run.operation)) is not None:
             await self._backend.exchange(self._arguments.old, _MADE.of(run.operation), located.content)
 
-    async def _start(self, _run: OperationRun) -> None:
-        await self._start_again(_run)
-
-    async def _stop_again(self, _run: OperationRun) -> None:
+    async def _kill(self, _run: OperationRun) -> None:
         for user in self._running:
             await self._resize.engine.stop(user.engine_id, 0)
 
