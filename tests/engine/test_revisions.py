@@ -175,7 +175,7 @@ async def test_update_changes_mounts_env_ports_and_command(caller: Caller, rig: 
     assert not updated.status.ports
     assert list(updated.status.gpu_uuids) == gpus, "an unchanged GPU count keeps the same GPUs"
     await require_consistent(caller, rig, "many")
-    # A command that cannot be started is no success, and the old one runs as before.
+    # An update to a command that cannot be started is undone, and the old process runs again.
     refused = await failure(
         result_of(caller.containers.UpdateContainer(update_request("many", command=["/no/such/program"])))
     )

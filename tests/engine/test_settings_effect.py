@@ -1,6 +1,6 @@
-"""Settings of where the daemon finds things and what it keeps: each one has its effect in a daemon that runs.
+"""Effects of settings in a running daemon, which show that `app.py` passes each setting on.
 
-What they refuse is in tests/unit/test_settings.py; that `app.py` hands each of them on shows only here.
+Invalid values are tested in tests/unit/test_settings.py.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ __all__ = ["daemons"]
 _ALWAYS = container_pb2.SNAPSHOT_POLICY_ALWAYS
 _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
 _VOLUME_SIZE = 320 << 20
-# In the command line of the child process that works on the files of layers and volumes.
-_TREES = b"host.trees.child"
-# Ends by itself two seconds after it was asked to.
-_SAID_GOODBYE = 7
+# Part of the command line of the child process that works on the files of layers and volumes.
+_TREE_CHILD = b"host.trees.child"
+# Exits two seconds after SIGTERM.
+_EXIT_CODE = 7
 _SLOW_TO_STOP = (
     *("sh", "-c"),
-    f"trap 'sleep 2; exit {_SAID_GOODBYE}' TERM; : > /ready; while :; do sleep 0.1; done",
+    f"trap 'sleep 2; exit {_EXIT_CODE}' TERM; : > /ready; while :; do sleep 0.1; done",
 )
 
 
-# -- what is kept, and where -------------------------------------------------------------------------------------------
+# -- retention and snapshots -------------------------------------------------------------------------------------------
 
 
 async def test_operation_retention_is_the_least_time_that_an_ended_operation_is_kept(daemons: IsolatedDaemons) -> None:
@@ -57,40 +57,40 @@ async def test_operation_retention_is_the_least_time_that_an_ended_operation_is_
         (operation,) = (
             await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
         ).operations
-        read = await connection.read(
+        response = await connection.read(
             messages.get(Keys(daemons.prefix).operation(operation.id)), retry_for=timedelta(seconds=5)
         )
-        found = read.ranges[0].only
-        assert found is not None
-        remaining = (await connection._client.get_lease_info(found.lease)).TTL
+        operation_key = response.ranges[0].only
+        assert operation_key is not None
+        remaining = (await connection._client.get_lease_info(operation_key.lease)).TTL
         # Operations that end within the same hour share a lease, so that some are kept for two hours longer.
         assert retention - 60 <= remaining <= retention + 2 * 3600
         await caller.delete("kept")
 
 
-async def test_snapshot_dir_and_snapshot_policy(daemons: IsolatedDaemons) -> None:
+async def test_snapshot_dir_holds_the_snapshots_and_snapshot_policy_turns_them_off(daemons: IsolatedDaemons) -> None:
     folder = daemons.rig.folder / f"snapshots-{daemons.id}"
     daemon = await daemons.start("--snapshot-dir", str(folder))
     async with Caller(daemon.target) as caller:
         await caller.create("past")
         await caller.shell("past", "echo kept > /file")
         await caller.update("past", hostname="second")
-        kept = [path for path in folder.rglob("file") if path.read_text() == "kept\n"]
-        assert kept, "the files of revision 1 lie in snapshot_dir"
+        paths = [path for path in folder.rglob("file") if path.read_text() == "kept\n"]
+        assert paths, "snapshot_dir has no file of revision 1"
         assert (await caller.revisions("past"))[0].snapshot.kind
     await asyncio.to_thread(daemon.stop)
     successor = await daemons.start("--snapshot-dir", str(folder), "--snapshot-policy", "never", after=daemon)
     async with Caller(successor.target) as caller:
         await caller.update("past", hostname="third")
         first, second, _ = await caller.revisions("past")
-        assert first.snapshot.kind, "what was kept stays"
-        assert not second.snapshot.kind, "the daemon's policy is to keep no files"
-        # A container's own policy counts more than the daemon's.
+        assert first.snapshot.kind, "an existing snapshot was removed"
+        assert not second.snapshot.kind, "the policy of the daemon allows no snapshot"
+        # The policy of a container overrides that of the daemon.
         await caller.update("past", revision_policy=container_pb2.RevisionPolicy(snapshots=_ALWAYS))
         await caller.update("past", hostname="fourth")
         assert (await caller.revisions("past"))[3].snapshot.kind
         await caller.delete("past")
-    assert not [path for path in folder.rglob("*") if path.is_file()], "deleted with the container"
+    assert not [path for path in folder.rglob("*") if path.is_file()], "the snapshots of a deleted container remain"
 
 
 @pytest.mark.deep
@@ -122,59 +122,59 @@ async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(daemo
         await caller.create("past")
         await caller.update("past", hostname="second")
 
-        async def pruned() -> bool:
+        async def is_pruned() -> bool:
             return [revision.revision for revision in await caller.revisions("past")] == [2]
 
-        await until(pruned)
-        # The container's own time counts more than the daemon's.
+        await until(is_pruned)
+        # The time of the container overrides that of the daemon.
         policy = container_pb2.RevisionPolicy()
         policy.keep_for.seconds = 3600
         await caller.update("past", revision_policy=policy)
         await caller.update("past", hostname="fourth")
-        # A pass that prunes this one has looked at the other one too.
+        # The pass that prunes `sentinel` also examines `past`.
         await caller.create("sentinel")
         await caller.update("sentinel", hostname="second")
 
-        async def passed() -> bool:
+        async def pass_is_over() -> bool:
             return [revision.revision for revision in await caller.revisions("sentinel")] == [2]
 
-        await until(passed)
+        await until(pass_is_over)
         assert [revision.revision for revision in await caller.revisions("past")] == [2, 3, 4]
         await caller.delete("past")
         await caller.delete("sentinel")
 
 
-# -- who may call, what is logged, what containers get -----------------------------------------------------------------
+# -- host, socket, log and containers ----------------------------------------------------------------------------------
 
 
-async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_get(daemons: IsolatedDaemons) -> None:
-    """One daemon for all of these, since each effect is seen by itself."""
+async def test_settings_of_the_host_the_socket_the_log_and_the_containers(daemons: IsolatedDaemons) -> None:
+    """One daemon has all of these settings, because their effects are independent."""
     daemon = await daemons.start(
         *("--host-id", "another.machine", "--socket-mode", "0600", "--log-level", "warning"),
         *("--allowed-nvidia-switches", "NVIDIA_GDS", "--stop-timeout", "0"),
     )
     assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o600
-    # It writes what it counts as information when it begins to serve, and for each call.
+    # The daemon logs at level info when it begins to serve, and for each call.
     assert "[info" not in daemon.log_text
     async with Caller(daemon.target) as caller, state_of(daemons, daemons.rig) as state:
         switches = {"NVIDIA_GDS": "enabled", "NVIDIA_MOFED": "enabled"}
-        made = await caller.create("one", 1, env=switches, command=_SLOW_TO_STOP)
-        # Where cards are looked for, claimed and shown is one place.
+        created = await caller.create("one", 1, env=switches, command=_SLOW_TO_STOP)
+        # GPUs are allocated, claimed and listed for the same host id.
         other = await caller.create("other", 7)
-        assert not set(made.status.gpu_uuids) & set(other.status.gpu_uuids)
+        assert not set(created.status.gpu_uuids) & set(other.status.gpu_uuids)
         assert await caller.free_gpus() == 0
         assert [node.host for node in await state.store.nodes()] == ["another.machine"]
         claimed = {"another.machine": 8, default_host_id(): 0}
         for host, count in claimed.items():
             assert len((await state.store.claims(host)).claims) == count, host
-        environment = docker_inspect(daemons.rig, made.status.engine_id)["Config"]["Env"]
+        environment = docker_inspect(daemons.rig, created.status.engine_id)["Config"]["Env"]
         assert "NVIDIA_GDS=enabled" in environment
         assert "NVIDIA_MOFED=disabled" in environment
 
-        async def ready() -> bool:
+        async def is_ready() -> bool:
             return (await caller.run("one", "test", "-e", "/ready")).code == 0
 
-        await until(ready)
+        await until(is_ready)
         assert (await caller.stop("one")).status.exit_code == 128 + signal.SIGKILL
         await caller.delete("one")
         await caller.delete("other")
@@ -191,28 +191,28 @@ async def test_settings_of_the_host_the_socket_the_log_and_of_what_containers_ge
     async with Caller(successor.target) as caller:
         await caller.create("one", command=_SLOW_TO_STOP)
 
-        async def ready_again() -> bool:
+        async def is_ready_again() -> bool:
             return (await caller.run("one", "test", "-e", "/ready")).code == 0
 
-        await until(ready_again)
-        assert (await caller.stop("one")).status.exit_code == _SAID_GOODBYE
+        await until(is_ready_again)
+        assert (await caller.stop("one")).status.exit_code == _EXIT_CODE
         await caller.delete("one")
 
 
-# -- how long programs that work on files may do nothing ---------------------------------------------------------------
+# -- stall timeout -----------------------------------------------------------------------------------------------------
 
 
 def _children(pid: int) -> list[int]:
-    """The processes that a process has started and that have not been waited for."""
-    found: list[int] = []
+    """The ids of the child processes of a process, with zombies."""
+    operation_key: list[int] = []
     for thread in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            found += map(int, (thread / "children").read_text().split())
-    return found
+            operation_key += map(int, (thread / "children").read_text().split())
+    return operation_key
 
 
 def _freeze_child(daemon: Daemon, word: bytes, seconds: float = 60) -> None:
-    """Wait until a daemon has a child with this in its command line, and stop it as SIGSTOP does."""
+    """Wait until a daemon has a child with `word` in its command line, and send SIGSTOP to it."""
     deadline = time.monotonic() + limit(seconds)
     while time.monotonic() < deadline:
         for pid in _children(daemon.process.pid):
@@ -220,41 +220,41 @@ def _freeze_child(daemon: Daemon, word: bytes, seconds: float = 60) -> None:
                 if word in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(pid, signal.SIGSTOP)
                     return
-        # No event tells that a process has a child; it must be stopped before it is done.
+        # The kernel has no event for a new child, which must be stopped before it is done.
         time.sleep(0.001)
     raise AssertionError(f"no child of the daemon has {word!r} in its command line")
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(300)
-async def test_stall_timeout_ends_what_makes_no_progress(daemons: IsolatedDaemons) -> None:
-    """Of a snapshot, of a layer that is copied, and of a volume that is copied. By default it would be 120 s."""
+async def test_stall_timeout_ends_snapshots_and_copies_without_progress(daemons: IsolatedDaemons) -> None:
+    """Of a snapshot, a copy of a layer and a copy of a volume. The default of the setting is 120 s."""
     daemon = await daemons.start("--stall-timeout", "10", "--layer-carry", "copy", "--volume-backend", "loop")
-    stalled = "made no progress for 10 s"
+    message = "made no progress for 10 s"
     async with Caller(daemon.target) as caller:
         for policy, reason in {_ALWAYS: "SNAPSHOT_FAILED", _NEVER: "LAYER_CARRY_FAILED"}.items():
             await caller.create("one", revision_policy=container_pb2.RevisionPolicy(snapshots=policy))
-            frozen = asyncio.create_task(asyncio.to_thread(_freeze_child, daemon, _TREES))
+            freezing = asyncio.create_task(asyncio.to_thread(_freeze_child, daemon, _TREE_CHILD))
             refused = await failure(caller.update("one", hostname="second"))
-            await frozen
+            await freezing
             assert refused.reason == reason
-            assert stalled in refused.message
+            assert message in refused.message
             await caller.delete("one")
 
         await caller.create_volume("data", 2 * _VOLUME_SIZE)
-        frozen = asyncio.create_task(asyncio.to_thread(_freeze_child, daemon, _TREES))
+        freezing = asyncio.create_task(asyncio.to_thread(_freeze_child, daemon, _TREE_CHILD))
         refused = await failure(caller.resize_volume("data", _VOLUME_SIZE))
-        await frozen
+        await freezing
         assert refused.reason == "VOLUME_FAILED"
-        assert stalled in refused.message
+        assert message in refused.message
         await caller.delete_volume("data")
 
 
-# -- etcd by TLS, with a client's certificate and a password -----------------------------------------------------------
+# -- etcd with TLS, a client certificate and a password ----------------------------------------------------------------
 
 
 class SecureEtcd:
-    """An etcd on the rig's loopback that demands a client's certificate and, once `login` is called, a password."""
+    """An etcd on the rig's loopback that demands a client certificate, and a password after `require_password`."""
 
     endpoint = "127.0.0.1:23790"
 
@@ -274,24 +274,24 @@ class SecureEtcd:
         self._log = folder / "log"
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start etcd and wait until it is healthy."""
         processes = self._rig._processes
         assert processes is not None
         self._process = processes.start(self._words, log=self._log, inside=self._rig.namespaces.enter())
         self._process.wait_until(lambda: self.ctl("endpoint", "health", check=False) == 0)
 
     def stop(self) -> None:
-        """End it."""
+        """Kill etcd."""
         self._process.kill9()
 
-    def ctl(self, *words: str, check: bool = True) -> int:
-        """Run etcdctl."""
+    def ctl(self, *arguments: str, check: bool = True) -> int:
+        """Run etcdctl; returns its exit code."""
         command = [str(find_etcd().with_name("etcdctl")), "--endpoints", f"https://{self.endpoint}", *self.flags_of_ctl]
-        return self._rig.run(*command, *words, check=check).returncode
+        return self._rig.run(*command, *arguments, check=check).returncode
 
     @property
     def flags_of_ctl(self) -> tuple[str, ...]:
-        """How etcdctl proves who calls."""
+        """Flags of etcdctl with the client certificate."""
         files = {
             "--cacert": self.authority.own.certificate,
             "--cert": self.client.certificate,
@@ -300,14 +300,14 @@ class SecureEtcd:
         return tuple(str(word) for pair in files.items() for word in pair)
 
     def flags(self, *, certificate: bool = True) -> tuple[str, ...]:
-        """Those of gpudockd."""
+        """Flags of gpudockd, with the client certificate unless `certificate` is false."""
         trust = ("--etcd-ca", str(self.authority.own.certificate))
         if not certificate:
             return trust
         return (*trust, "--etcd-cert", str(self.client.certificate), "--etcd-key", str(self.client.key))
 
-    def login(self, password: str) -> None:
-        """Demand a password from now on."""
+    def require_password(self, password: str) -> None:
+        """Create the user root, and demand its password from now on."""
         self.ctl("user", "add", f"root:{password}")
         self.ctl("user", "grant-role", "root", "root")
         self.ctl("auth", "enable")
@@ -318,21 +318,21 @@ async def test_etcd_is_reached_with_a_certificate_and_a_password(daemons: Isolat
     etcd = SecureEtcd(daemons.rig, tmp_path)
     await asyncio.to_thread(etcd.start)
     try:
-        complaint = await daemons.startup_error(*etcd.flags(certificate=False), etcd_endpoints=etcd.endpoint)
-        assert f"etcd at {etcd.endpoint} does not answer" in complaint
+        error = await daemons.startup_error(*etcd.flags(certificate=False), etcd_endpoints=etcd.endpoint)
+        assert f"etcd at {etcd.endpoint} does not answer" in error
         daemon = await daemons.start(*etcd.flags(), etcd_endpoints=etcd.endpoint)
         async with Caller(daemon.target) as caller:
             await caller.create("secure")
             assert [revision.cause for revision in await caller.revisions("secure")]
         await asyncio.to_thread(daemon.stop)
 
-        await asyncio.to_thread(etcd.login, "opensesame")
+        await asyncio.to_thread(etcd.require_password, "opensesame")
         password = tmp_path / "password"
         password.write_text("wrong\n")
         password.chmod(0o600)
         user = ("--etcd-user", "root", "--etcd-password-file", str(password))
-        complaint = await daemons.startup_error(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint)
-        assert "opensesame" not in complaint
+        error = await daemons.startup_error(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint)
+        assert "opensesame" not in error
         password.write_text("opensesame\n")
         successor = await daemons.start(*etcd.flags(), *user, etcd_endpoints=etcd.endpoint, after=daemon)
         async with Caller(successor.target) as caller:
@@ -342,12 +342,12 @@ async def test_etcd_is_reached_with_a_certificate_and_a_password(daemons: Isolat
         etcd.stop()
 
 
-# -- the engine by TLS -------------------------------------------------------------------------------------------------
+# -- the engine with TLS -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.deep
-async def test_the_engine_is_reached_by_tls(tmp_path: Path) -> None:
-    """Dockerd's own TLS, on a rig of its own whose engine listens on TCP besides."""
+async def test_the_engine_is_reached_with_tls(tmp_path: Path) -> None:
+    """The TLS of dockerd, on a separate rig whose engine also listens on TCP."""
     authority, address = Authority(tmp_path), "tcp://127.0.0.1:2376"
     server, client = authority.sign("server", "IP:127.0.0.1"), authority.sign("client")
     options = (
@@ -367,7 +367,7 @@ async def test_the_engine_is_reached_by_tls(tmp_path: Path) -> None:
             assert await caller.shell("far", "echo here") == "here\n"
             await caller.delete("far")
         await asyncio.to_thread(daemon.stop)
-        # A certificate of somebody else's authority opens nothing.
+        # A certificate of another authority is refused.
         other = Authority(tmp_path, "other").sign("stranger")
         for name, path in {"cert": other.certificate, "key": other.key}.items():
             shutil.copy(path, folder / f"{name}.pem")
