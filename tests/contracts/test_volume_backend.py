@@ -20,10 +20,10 @@ from gpudock_server.model.volume import VolumeBackendKind, VolumeBacking, Volume
 from gpudock_server.ports import ShrinkNeedsCopy, VolumeBackend
 
 from tests.engine.loop_devices import loop_devices_below
-from tests.rpc.fake_volumes import FakePlain, FakeVolumes
+from tests.rpc.fake_volumes import FakePlainVolumes, FakeVolumes
 from tests.selection import deep_except
 from tests.unit.faults import Faults
-from tests.unit.model_files import ModelPlain, ModelVolumes
+from tests.unit.model_files import ModelPlainVolumes, ModelVolumes
 
 MIB = 1 << 20
 SIZE, LARGER, SMALLER = 320 * MIB, 400 * MIB, 300 * MIB
@@ -250,8 +250,8 @@ async def test_the_pool_counts_what_was_promised(sized: Sized, backend: VolumeBa
 def plain(request: pytest.FixtureRequest, tmp_path: Path) -> VolumeBackend:
     """Each implementation for stores without a size in turn."""
     made: dict[str, VolumeBackend] = {
-        "fake": FakePlain(),
-        "model": ModelPlain(faults=Faults()),
+        "fake": FakePlainVolumes(),
+        "model": ModelPlainVolumes(faults=Faults()),
         "engine": PlainBackend(tmp_path),
     }
     return made[request.param]

@@ -25,7 +25,7 @@ from tests.calls import Caller
 from tests.conftest import FAST_FLAGS, own_state_flags, problems_at_end
 from tests.engine.fuzz_pool import FOREIGN_VOLUME, VALID_REQUESTS, Pool
 from tests.rig import Daemon, Rig
-from tests.rpc.fuzz_requests import CALLS, EXAMPLES, Call, changes, damaged, outcome, requests
+from tests.rpc.fuzz_requests import CALLS, EXAMPLES, Call, changes, corrupted, outcome, requests
 from tests.run_report import OUTCOMES
 
 pytestmark = pytest.mark.deep
@@ -73,7 +73,7 @@ def test_any_message(
     valid = itertools.cycle(VALID_REQUESTS[_method(call)])
     known = loop.run_until_complete(pool.restore())
     anything = st.lists(
-        requests(call.request) | damaged(call.request), min_size=1, max_size=3 if call.client_streaming else 1
+        requests(call.request) | corrupted(call.request), min_size=1, max_size=3 if call.client_streaming else 1
     )
     drawn = changes(call.request) | changes(call.request) | anything
     outcomes: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Certificates for an afternoon, made by the openssl command."""
+"""Certificates that are valid for a day, created by the openssl command."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Authority:
         _openssl("req", "-x509", *_new_key(self.own.key), "-subj", f"/CN={name}", "-out", self.own.certificate)
 
     def sign(self, common_name: str, alternative_name: str = "") -> Signed:
-        """A certificate for `common_name`, and for an alternative name as in `IP:127.0.0.1`."""
-        made = Signed(self._folder / f"{common_name}.pem", self._folder / f"{common_name}.key")
+        """Create a certificate for `common_name`, with an alternative name such as `IP:127.0.0.1`."""
+        signed = Signed(self._folder / f"{common_name}.pem", self._folder / f"{common_name}.key")
         request, extensions = self._folder / f"{common_name}.csr", self._folder / f"{common_name}.ext"
         extensions.write_text(f"subjectAltName={alternative_name}\n" if alternative_name else "")
-        _openssl("req", *_new_key(made.key), "-subj", f"/CN={common_name}", "-out", request)
+        _openssl("req", *_new_key(signed.key), "-subj", f"/CN={common_name}", "-out", request)
         _openssl(
             *("x509", "-req", "-in", request, "-CA", self.own.certificate, "-CAkey", self.own.key),
-            *("-CAcreateserial", "-days", "1", "-extfile", extensions, "-out", made.certificate),
+            *("-CAcreateserial", "-days", "1", "-extfile", extensions, "-out", signed.certificate),
         )
-        return made
+        return signed
 
-    def locked(self, signed: Signed) -> Path:
-        """The same key behind a passphrase."""
-        path = signed.key.with_suffix(".locked.key")
+    def encrypt_key(self, signed: Signed) -> Path:
+        """Write the key with a passphrase; return its path."""
+        path = signed.key.with_suffix(".encrypted.key")
         _openssl("pkey", "-in", signed.key, "-aes256", "-passout", "pass:word", "-out", path)
         return path
 

@@ -1,4 +1,4 @@
-"""A server for every test that asks for one."""
+"""A server with fakes for each test."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.rpc.serving import Served, serve
+from tests.rpc.in_memory_server import InMemoryServer, serve
 
 
 @pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    """A server of its own for each test."""
+async def server(tmp_path: Path) -> AsyncIterator[InMemoryServer]:
+    """A server with fakes."""
     async with serve(tmp_path) as running:
         yield running

@@ -1,6 +1,6 @@
-"""Writable layers, snapshots and backups of revisions in memory, for what real ones do not do on demand.
+"""Writable layers, snapshots and revision backups in memory, without files.
 
-They keep the promises of `ports`, without files: tests/unit/model_files.py has fakes that hold files.
+tests/unit/model_files.py extends them with files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.rpc.fakes import LONG_AGO
 
 
 class FakeLayers(LayerStore):
-    """Exchanges what it never sees."""
+    """Layers without files; every transfer succeeds."""
 
     image_accounts: ImageAccounts | None = None
 
@@ -38,7 +38,7 @@ class FakeLayers(LayerStore):
         return (
             (LayerTransferMethod.EXCHANGE, ""),
             (LayerTransferMethod.COPY, ""),
-            (LayerTransferMethod.COMMIT, "not today"),
+            (LayerTransferMethod.COMMIT, "unavailable in this fake"),
         )
 
     @override
@@ -87,7 +87,7 @@ class FakeLayers(LayerStore):
 
 
 class FakeRevisionBackups(RevisionBackupStore):
-    """Remembers entries, and nothing beside them."""
+    """Backups in memory."""
 
     def __init__(self) -> None:
         self.entries: dict[tuple[str, int], RevisionBackup] = {}
@@ -119,7 +119,7 @@ Files = frozenset[str]
 
 @dataclass(frozen=True)
 class SealedSnapshot:
-    """A snapshot that is final, and the operation that made it."""
+    """A sealed snapshot, and the operation that created it."""
 
     files: Files
     snapshot: Snapshot
@@ -127,19 +127,19 @@ class SealedSnapshot:
 
 
 class FakeSnapshots(SnapshotStore):
-    """Snapshots of layers without files: those that are sealed, and partial ones with whether they are complete."""
+    """Snapshots of layers without files: sealed, partial, and those of the partial ones that are complete."""
 
     def __init__(self) -> None:
         self.sealed_snapshots: dict[SnapshotKey, SealedSnapshot] = {}
         self.partial: dict[tuple[SnapshotKey, str], Files] = {}
         self.completed: set[tuple[SnapshotKey, str]] = set()
 
-    def files_of(self, container: EngineContainer) -> Files:  # noqa: ARG002 - others have files
-        """What a container has in its layer."""
+    def files_of(self, container: EngineContainer) -> Files:  # noqa: ARG002 - subclasses have files
+        """Return the files in the layer of a container."""
         return frozenset()
 
     def fill(self, container: EngineContainer, files: Files) -> None:
-        """Make a container's layer equal to `files`."""
+        """Set the files in the layer of a container."""
 
     def _sealed_by(self, key: SnapshotKey, operation_id: str) -> bool:
         return key in self.sealed_snapshots and self.sealed_snapshots[key].operation_id == operation_id
@@ -188,7 +188,7 @@ class FakeSnapshots(SnapshotStore):
             raise SnapshotFailed(detail="the snapshot is incomplete")
         files = self.partial[key, operation_id]
         self._drop_partial(key, operation_id)
-        made = Snapshot(
+        snapshot = Snapshot(
             kind=SnapshotKind.TREE,
             image_id=image_id,
             method=SnapshotMethod.LINK,
@@ -196,8 +196,8 @@ class FakeSnapshots(SnapshotStore):
             entries=len(files),
             create_time=LONG_AGO,
         )
-        self.sealed_snapshots[key] = SealedSnapshot(files, made, operation_id)
-        return made
+        self.sealed_snapshots[key] = SealedSnapshot(files, snapshot, operation_id)
+        return snapshot
 
     def _drop_partial(self, key: SnapshotKey, operation_id: str) -> None:
         self.partial.pop((key, operation_id), None)
@@ -243,7 +243,7 @@ class FakeSnapshots(SnapshotStore):
 
     @override
     async def remove_all(self, uid: str) -> None:
-        self.sealed_snapshots = {key: one for key, one in self.sealed_snapshots.items() if key.uid != uid}
+        self.sealed_snapshots = {key: sealed for key, sealed in self.sealed_snapshots.items() if key.uid != uid}
         for key, operation_id in list(self.partial):
             if key.uid == uid:
                 self._drop_partial(key, operation_id)

@@ -1,4 +1,4 @@
-"""Volumes in memory that are nowhere, with the promises of `ports` that the RPCs lean on."""
+"""Volumes in memory, without files."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from typing_extensions import override
 
 @dataclass(eq=False)
 class FakeVolumes(VolumeBackend):
-    """Stores by their uid: the size, and which content they hold. A size of UNSUPPORTED cannot be had.
+    """Stores by uid, each with its size and the name of its content. The size UNSUPPORTED is refused.
 
-    A shrink needs a copy if `copies`. There are no files: `used_bytes` is what each store says that it holds.
+    A shrink needs a copy if `copies`. `used_bytes` is reported as the usage of every store.
     """
 
     UNSUPPORTED = 7 << 40
@@ -34,7 +34,7 @@ class FakeVolumes(VolumeBackend):
     stores: dict[str, tuple[int, str]] = field(default_factory=dict)
     backings: dict[str, VolumeBacking] = field(default_factory=dict)
     identities: dict[str, VolumeIdentity | None] = field(default_factory=dict)
-    # The uids of stores whose files somebody looks into, each as often as it is open.
+    # The uids of stores whose files are open; once for each time that they are open.
     opened: list[str] = field(default_factory=list)
 
     @property
@@ -53,12 +53,12 @@ class FakeVolumes(VolumeBackend):
         if size_bytes == self.UNSUPPORTED:
             raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="too large")
 
-    def _check_there(self, backing: VolumeBacking, call: str) -> None:
+    def _require_store(self, backing: VolumeBacking, call: str) -> None:
         if backing.uid not in self.stores:
             raise self._failed(backing, call, "its folder does not exist")
 
     def mounted(self, backing: VolumeBacking) -> bool:
-        """Whether anything has it mounted."""
+        """Return whether a volume is mounted."""
         return backing.uid in self.opened
 
     def _check_unused(self, backing: VolumeBacking) -> None:
@@ -89,7 +89,7 @@ class FakeVolumes(VolumeBackend):
 
     @override
     async def attach(self, backing: VolumeBacking) -> None:
-        self._check_there(backing, "attach")
+        self._require_store(backing, "attach")
 
     def _resized(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         self.stores[backing.uid] = (size_bytes, self.stores[backing.uid][1])
@@ -99,12 +99,12 @@ class FakeVolumes(VolumeBackend):
     @override
     async def grow(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         self._check_size(backing.name, size_bytes)
-        self._check_there(backing, "grow")
+        self._require_store(backing, "grow")
         return self._resized(backing, size_bytes)
 
     @override
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-        self._check_there(backing, "shrink")
+        self._require_store(backing, "shrink")
         if size_bytes < self._minimum_bytes:
             raise VolumeTooSmallForData(
                 volume=backing.name,
@@ -128,23 +128,23 @@ class FakeVolumes(VolumeBackend):
 
     @override
     async def content(self, backing: VolumeBacking) -> str:
-        self._check_there(backing, "look into")
+        self._require_store(backing, "open")
         return self.stores[backing.uid][1]
 
     @override
     async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:
-        for one in (holder, other):
-            self._check_there(one, "exchange")
+        for backing in (holder, other):
+            self._require_store(backing, "exchange")
         first, second = self.stores[holder.uid], self.stores[other.uid]
         if first[1] != content:
             if second[1] != content:
                 raise self._failed(holder, "exchange", f"neither has content {content}")
-            for one in (holder, other):
-                self._check_unused(one)
+            for backing in (holder, other):
+                self._check_unused(backing)
             self.stores[holder.uid], self.stores[other.uid] = second, first
-        for one in (holder, other):
-            assert self.stores[one.uid][0] == one.size_bytes, "the sizes go with the contents"
-            self.backings[one.uid] = one
+        for backing in (holder, other):
+            assert self.stores[backing.uid][0] == backing.size_bytes, "the size was not exchanged with the content"
+            self.backings[backing.uid] = backing
 
     @property
     def _minimum_bytes(self) -> int:
@@ -152,13 +152,13 @@ class FakeVolumes(VolumeBackend):
 
     @override
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
-        self._check_there(backing, "look into")
+        self._require_store(backing, "open")
         return VolumeUsage(used_bytes=self.used_bytes, size_bytes=backing.size_bytes, minimum_bytes=self._minimum_bytes)
 
     @override
     @asynccontextmanager
     async def open_files(self, backing: VolumeBacking) -> AsyncIterator[str]:
-        self._check_there(backing, "look into")
+        self._require_store(backing, "open")
         self.opened.append(backing.uid)
         try:
             yield "/nowhere"
@@ -168,8 +168,8 @@ class FakeVolumes(VolumeBackend):
     @override
     async def destroy(self, backing: VolumeBacking) -> None:
         self._check_unused(backing)
-        for kept in (self.stores, self.backings, self.identities):
-            kept.pop(backing.uid, None)
+        for records in (self.stores, self.backings, self.identities):
+            records.pop(backing.uid, None)
 
     @override
     async def pool(self) -> PoolUsage:
@@ -177,8 +177,8 @@ class FakeVolumes(VolumeBackend):
         return PoolUsage(total_bytes=8 << 40, free_bytes=8 << 40, promised_bytes=promised, allocated_bytes=0)
 
 
-class FakePlain(FakeVolumes):
-    """Stores without a size: the engine has all that there is of them."""
+class FakePlainVolumes(FakeVolumes):
+    """Volumes without a size; only the engine knows them."""
 
     @property
     @override
@@ -191,8 +191,8 @@ class FakePlain(FakeVolumes):
             raise SizeNotSupported(volume=name, size_bytes=size_bytes, detail="PLAIN volumes have no size")
 
     @override
-    def _check_there(self, backing: VolumeBacking, call: str) -> None:
-        """The engine knows."""
+    def _require_store(self, backing: VolumeBacking, call: str) -> None:
+        """Only the engine knows whether the volume exists."""
 
     @override
     async def backings_on_disk(self) -> tuple[BackingOnDisk, ...]:
@@ -217,7 +217,7 @@ class FakePlain(FakeVolumes):
 
 
 class FakeCopier(VolumeCopier):
-    """Copies nothing."""
+    """Copies no files."""
 
     @override
     async def copy(self, source: VolumeBacking, target: VolumeBacking, progress: Progress, *, final: bool) -> None:

@@ -1,6 +1,6 @@
-"""An engine, cards and processes in memory, for what a real one does not do on demand: hang, fail, be slow.
+"""An engine, GPUs and processes in memory, which can block, fail or be slow on demand.
 
-They keep the promises of `ports` that the RPCs lean on and no more.
+They implement those parts of `ports` that the tests of RPCs need.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _IMAGE_ID = "sha256:" + "a" * 64
 
 
 class FakeSession(ExecSession):
-    """A process that says what a test puts into `output` (None: the end), and takes what it is given."""
+    """A process whose output a test puts into `output` (None: its end), and that records its input."""
 
     def __init__(self, request: ExecRequest) -> None:
         self.request = request
@@ -48,28 +48,28 @@ class FakeSession(ExecSession):
         self.sizes: list[TerminalSize] = []
         self.stdin_closed = asyncio.Event()
         self.closed = asyncio.Event()
-        self.taken = 0
-        self.takes_stdin = asyncio.Event()
-        self.takes_stdin.set()
+        self.chunks_read = 0
+        self.accepts_stdin = asyncio.Event()
+        self.accepts_stdin.set()
 
-    def say(self, data: bytes, stream: ExecStream = ExecStream.STDOUT) -> None:
-        """Write to an output."""
+    def write_output(self, data: bytes, stream: ExecStream = ExecStream.STDOUT) -> None:
+        """Write to stdout or stderr."""
         self.output.put_nowait((stream, data))
 
-    def end(self, exit_code: int | None) -> None:
-        """Be over."""
+    def exit(self, exit_code: int | None) -> None:
+        """Exit."""
         self.exit_code = exit_code
         self.output.put_nowait(None)
 
     @override
     async def read(self) -> AsyncIterator[tuple[ExecStream, bytes]]:
         while (chunk := await self.output.get()) is not None:
-            self.taken += 1
+            self.chunks_read += 1
             yield chunk
 
     @override
     async def write(self, data: bytes) -> None:
-        await self.takes_stdin.wait()
+        await self.accepts_stdin.wait()
         self.written.append(data)
 
     @override
@@ -91,9 +91,9 @@ class FakeSession(ExecSession):
 
 @dataclass
 class FakeEngine(Engine):
-    """An engine whose calls a test can hold (`gates`) or fail (`failures`), by the method's name.
+    """An engine whose methods a test can block (`gates`) or fail (`failures`), by name.
 
-    It keeps the states of containers. What it does not do stands in NOT_FAKED of tests/contracts/test_engine*.py.
+    It keeps the states of containers. NOT_FAKED in tests/contracts/test_engine*.py lists what it does not implement.
     """
 
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -103,23 +103,26 @@ class FakeEngine(Engine):
     sessions: asyncio.Queue[FakeSession] = field(default_factory=asyncio.Queue)
     pull_progress: list[tuple[int, int]] = field(default_factory=list)
     has_image: bool = True
-    made_images: set[str] = field(default_factory=set)
+    added_images: set[str] = field(default_factory=set)
 
     def _rejected(self, call: str, detail: str, status: int = 409) -> EngineRejected:
         return EngineRejected(call=call, status=status, detail=detail)
 
-    def _there(self, engine_id: str, call: str) -> EngineContainer:
+    def _require(self, engine_id: str, call: str) -> EngineContainer:
         if engine_id not in self.containers:
             raise self._rejected(call, f"no such container: {engine_id}", 404)
         return self.containers[engine_id]
 
-    def _named(self, name: str, operation: str | None, call: str) -> str | None:
-        """The id of the container of this name, if the same operation made it. Raises EngineRejected otherwise."""
-        for one in self.containers.values():
-            if one.name == name:
-                if operation is None or one.labels.get(LABEL_OPERATION) != operation:
+    def _find_by_name(self, name: str, operation: str | None, call: str) -> str | None:
+        """Return the id of the container with this name if the same operation created it; None if there is none.
+
+        Raises EngineRejected if another operation created it.
+        """
+        for container in self.containers.values():
+            if container.name == name:
+                if operation is None or container.labels.get(LABEL_OPERATION) != operation:
                     raise self._rejected(call, f"the name {name} is in use")
-                return one.id
+                return container.id
         return None
 
     async def _call(self, name: str) -> None:
@@ -185,7 +188,7 @@ class FakeEngine(Engine):
 
     @override
     async def find_volumes(self, labels: Mapping[str, str]) -> tuple[EngineVolume, ...]:
-        return tuple(one for one in self.volumes.values() if labels.items() <= one.labels.items())
+        return tuple(volume for volume in self.volumes.values() if labels.items() <= volume.labels.items())
 
     @override
     async def inspect_volume(self, name: str) -> EngineVolume | None:
@@ -199,9 +202,9 @@ class FakeEngine(Engine):
     async def create(self, engine_spec: EngineContainerSpec) -> str:
         await self._call("create")
         operation = engine_spec.labels.get(LABEL_OPERATION)
-        if found := self._named(engine_spec.name, operation, "create a container"):
+        if found := self._find_by_name(engine_spec.name, operation, "create a container"):
             return found
-        if engine_spec.image_id not in (_IMAGE_ID, *self.made_images):
+        if engine_spec.image_id not in (_IMAGE_ID, *self.added_images):
             raise ImageNotFound(image=engine_spec.spec.image)
         engine_id = uuid.uuid4().hex
         self.containers[engine_id] = EngineContainer(
@@ -220,20 +223,22 @@ class FakeEngine(Engine):
 
     @override
     async def inspect(self, engine_id: str) -> EngineContainer | None:
-        return next((seen for seen in self.containers.values() if engine_id in (seen.id, seen.name)), None)
+        return next(
+            (container for container in self.containers.values() if engine_id in (container.id, container.name)), None
+        )
 
     @override
     async def find(self, labels: Mapping[str, str]) -> tuple[EngineContainer, ...]:
         return tuple(
-            one
-            for one in self.containers.values()
-            if all(key in one.labels and value in ("", one.labels[key]) for key, value in labels.items())
+            container
+            for container in self.containers.values()
+            if all(key in container.labels and value in ("", container.labels[key]) for key, value in labels.items())
         )
 
     @override
     async def start(self, engine_id: str) -> None:
         await self._call("start")
-        if self._there(engine_id, "start").state is EngineState.PAUSED:
+        if self._require(engine_id, "start").state is EngineState.PAUSED:
             raise self._rejected("start", "cannot start a paused container, try unpause instead")
         self._set(engine_id, EngineState.RUNNING)
 
@@ -245,13 +250,13 @@ class FakeEngine(Engine):
 
     @override
     async def pause(self, engine_id: str) -> None:
-        if not self._there(engine_id, "pause").alive:
+        if not self._require(engine_id, "pause").alive:
             raise self._rejected("pause", "container is not running")
         self._set(engine_id, EngineState.PAUSED)
 
     @override
     async def unpause(self, engine_id: str) -> None:
-        if not self._there(engine_id, "unpause").alive:
+        if not self._require(engine_id, "unpause").alive:
             raise self._rejected("unpause", "container is not paused")
         self._set(engine_id, EngineState.RUNNING)
 
@@ -266,20 +271,20 @@ class FakeEngine(Engine):
         restart_policy: RestartPolicy | None = None,
     ) -> None:
         await self._call("update")
-        self._there(engine_id, "update")
+        self._require(engine_id, "update")
 
     @override
     async def rename(self, engine_id: str, name: str) -> None:
         await self._call("rename")
-        seen = self._there(engine_id, "rename")
-        if any(one.name == name and one.id != engine_id for one in self.containers.values()):
+        container = self._require(engine_id, "rename")
+        if any(other.name == name and other.id != engine_id for other in self.containers.values()):
             raise self._rejected("rename", f"the name {name} is in use")
-        self.containers[engine_id] = replace(seen, name=name)
+        self.containers[engine_id] = replace(container, name=name)
 
     @override
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:
-        seen = self._there(engine_id, "wait")
-        return None if seen.alive else seen.exit_code
+        container = self._require(engine_id, "wait")
+        return None if container.alive else container.exit_code
 
     @override
     async def remove(self, engine_id: str, *, own_volumes: bool = False) -> None:
@@ -299,16 +304,16 @@ class FakeEngine(Engine):
         config_of: str = "",
     ) -> str:
         await self._call("commit")
-        self._there(engine_id, "commit")
-        return self._made_image("b")
+        self._require(engine_id, "commit")
+        return self._add_image("b")
 
-    def _made_image(self, digit: str) -> str:
-        self.made_images.add("sha256:" + digit * 64)
+    def _add_image(self, digit: str) -> str:
+        self.added_images.add("sha256:" + digit * 64)
         return "sha256:" + digit * 64
 
     @override
     async def create_file_holder(self, of: str, name: str, labels: Mapping[str, str]) -> str:
-        return "shadow"
+        return "holder"
 
     @override
     async def tag(self, image: str, reference: str) -> None:
@@ -316,15 +321,15 @@ class FakeEngine(Engine):
 
     @override
     async def replace_config(self, image_id: str, other_id: str, reference: str) -> str:
-        return self._made_image("c")
+        return self._add_image("c")
 
     @override
     async def strip_identity(self, image_id: str, base_id: str, reference: str) -> str:
-        return self._made_image("d")
+        return self._add_image("d")
 
     @override
     async def flatten(self, image_id: str, base_layers: int, reference: str, *, config_of: str, onto: str = "") -> str:
-        return self._made_image("e")
+        return self._add_image("e")
 
     @override
     async def remove_image(self, reference: str) -> None:
@@ -338,7 +343,7 @@ class FakeEngine(Engine):
     @override
     async def exec(self, engine_id: str, request: ExecRequest) -> ExecSession:
         await self._call("exec")
-        if self._there(engine_id, "exec").state is not EngineState.RUNNING:
+        if self._require(engine_id, "exec").state is not EngineState.RUNNING:
             raise self._rejected("exec", "container is not running")
         session = FakeSession(request)
         self.sessions.put_nowait(session)
@@ -346,50 +351,50 @@ class FakeEngine(Engine):
 
 
 class FakeInventory(GpuInventory):
-    """Eight cards, all well."""
+    """Eight healthy GPUs."""
 
     @override
     async def snapshot(self) -> GpuReport:
-        cards = tuple(
+        gpus = tuple(
             Gpu(uuid=f"GPU-{n}", index=n, minor_number=n, name="NVIDIA A100", memory_total_bytes=80 << 30)
             for n in range(8)
         )
-        return GpuReport(gpus=cards, driver_version="550.1", nvml_version="12.550", cuda_driver_version="12.4")
+        return GpuReport(gpus=gpus, driver_version="550.1", nvml_version="12.550", cuda_driver_version="12.4")
 
 
 @dataclass
 class FakeProcesses(ProcessControl):
-    """Notes signals; every process dies of the first that ends one.
+    """Records signals; the first one ends the process.
 
-    `unbegun` is how often a process is seen before it executes its program; a signal that comes earlier is lost.
+    A process has begun its program after `checks_until_begun` checks; earlier signals are lost.
     """
 
     signals: list[tuple[int, bool]] = field(default_factory=list)
-    living: bool = True
-    unbegun: int = 0
+    is_alive: bool = True
+    checks_until_begun: int = 0
 
     @override
     def alive(self, pid: int, engine_id: str) -> bool:
-        return self.living
+        return self.is_alive
 
     @override
     def has_begun(self, pid: int, engine_id: str) -> bool:
-        if self.unbegun:
-            self.unbegun -= 1
+        if self.checks_until_begun:
+            self.checks_until_begun -= 1
             return False
         return True
 
     @override
     def signal(self, pid: int, engine_id: str, signal_number: int, *, session: bool = False) -> bool:
-        if self.unbegun:
+        if self.checks_until_begun:
             return True
         self.signals.append((signal_number, session))
-        self.living = False
+        self.is_alive = False
         return True
 
 
-async def every_port_is_free(protocol: str, port: int) -> bool:  # noqa: ARG001 - a PortProbe's
-    """A PortProbe."""
+async def every_port_is_free(protocol: str, port: int) -> bool:  # noqa: ARG001 - the parameters of a PortProbe
+    """Return True, as a PortProbe."""
     return True
 
 

@@ -1,8 +1,7 @@
-"""Random requests for every RPC of the contract, found in its descriptors: a new RPC or field is covered by itself.
+"""Random requests for every RPC, from the descriptors of the contract, so that new RPCs and fields are covered.
 
-Half of what is drawn is plausible, so that requests get past the first checks; the rest is anything that the wire can
-carry. `CALLS` says what there is to call, `requests` and `damaged` what to call it with, and
-`outcome` calls it.
+Half of the values are plausible, so that requests pass the first checks; the others are any values that can be encoded.
+`CALLS` are the RPCs, `requests` and `corrupted` draw their requests, and `outcome` makes a call.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from google.protobuf.message_factory import GetMessageClass
 from gpudock.v1 import container_service_pb2, node_service_pb2, operation_service_pb2, volume_service_pb2
 from hypothesis import strategies as st
 
-# How many requests a test draws in all; the acceptance run takes 100,000.
+# The total requests that a test draws; acceptance runs set 100000.
 EXAMPLES = int(os.environ.get("GPUDOCK_FUZZ_EXAMPLES", "3000"))
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An RPC: its path, and what it takes and gives."""
+    """An RPC: its path, and its request and response."""
 
     path: str
     request: type[Message]
@@ -92,19 +91,19 @@ _NUMBERS: Mapping[int, st.SearchStrategy[Any]] = {
 
 
 def requests(message: type[Message]) -> st.SearchStrategy[Any]:
-    """Messages of this type."""
+    """Draw messages of this type."""
     return _of(message.DESCRIPTOR)  # type: ignore[arg-type]  # two names of one type
 
 
-def damaged(message: type[Message]) -> st.SearchStrategy[Any]:
-    """What comes of an encoded message of this type when bytes of it change, as far as it can still be read."""
+def corrupted(message: type[Message]) -> st.SearchStrategy[Any]:
+    """Draw messages of this type that are decoded from bytes with random changes."""
     return st.tuples(requests(message), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=8)).map(
-        lambda drawn: _damage(*drawn)
+        lambda drawn: _corrupt(*drawn)
     )
 
 
 def changes(message: type[Message]) -> st.SearchStrategy[Callable[[Message], None]]:
-    """Changes of one field of a message of this type, or of one field of a message in it, to anything."""
+    """Draw changes of one field of a message of this type, also of nested messages, to any value."""
     fields = [_change_of(field) for field in message.DESCRIPTOR.fields]  # type: ignore[arg-type]  # two names of one type
     return st.one_of(fields)
 
@@ -126,11 +125,11 @@ def _change_of(field: FieldDescriptor) -> st.SearchStrategy[Callable[[Message], 
     return whole | changes(GetMessageClass(field.message_type)).map(within)
 
 
-def _damage(message: Message, changes: list[tuple[int, int]]) -> Message:
+def _corrupt(message: Message, changes: list[tuple[int, int]]) -> Message:
     raw = bytearray(message.SerializeToString())
-    for place, value in changes:
+    for offset, value in changes:
         if raw:
-            raw[place % len(raw)] = value
+            raw[offset % len(raw)] = value
     try:
         return type(message).FromString(bytes(raw))
     except DecodeError:
@@ -147,7 +146,7 @@ def _of(descriptor: Descriptor) -> st.SearchStrategy[Any]:
 def _message(descriptor: Descriptor) -> st.SearchStrategy[Any]:
     message = GetMessageClass(descriptor)
     fields = tuple((field, _field(field)) for field in descriptor.fields)
-    # One number says which fields are set: all, or any subset. A draw for each would take most of the time.
+    # One number selects the fields that are set: all, or any subset. A draw for each field would be slow.
     everything = 2 ** len(fields) - 1
     subsets = st.just(everything) | st.integers(0, everything)
 
@@ -157,7 +156,7 @@ def _message(descriptor: Descriptor) -> st.SearchStrategy[Any]:
         subset = draw(subsets)
         for number, (field, values) in enumerate(fields):
             if subset >> number & 1:
-                # The later one of a oneof wins, as it does on the wire.
+                # The last field of a oneof counts, as in an encoded message.
                 _set(built, field, draw(values))
         return built
 
@@ -186,8 +185,8 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     if kind is not None and kind.GetOptions().map_entry:
         keys, values = kind.fields_by_name["key"], kind.fields_by_name["value"]
         return st.dictionaries(_scalar(keys), _scalar(values), max_size=3)
-    one = _of(kind) if kind is not None else _scalar(field)
-    return st.lists(one, max_size=3) if field.is_repeated else one
+    value = _of(kind) if kind is not None else _scalar(field)
+    return st.lists(value, max_size=3) if field.is_repeated else value
 
 
 def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
@@ -195,20 +194,20 @@ def _scalar(field: FieldDescriptor) -> st.SearchStrategy[Any]:
         return st.binary(max_size=40)
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
         hints = _HINTS.get(field.name)
-        # Mostly the first, which passes, or hardly a request would get past its first field.
+        # Mostly the first hint, which is valid; otherwise nearly every request would fail at its first field.
         return st.sampled_from((*hints[:1] * 8, *hints, *_ODD)) if hints else _TEXT
     return _NUMBERS[field.cpp_type]
 
 
-# Requests that are taken may have much to show; a few of it will do.
+# The maximum number of messages that are read from a stream.
 _READ_AT_MOST = 20
-# These go on for ever, and their first message says that they were taken.
+# These streams do not end; their first message shows that the request was accepted.
 _ENDLESS = ("/WatchContainers", "/WatchVolumes")
 
 
-# grpc.aio's client gives a call that the server has ended an INTERNAL of its own, with this in its debug string, if it
-# was just about to send more (StreamStreamCall._write in grpc/aio/_call.py). With a pause after each message it hears
-# of the end first; how long that takes, only the machine knows.
+# The client of grpc.aio ends a call with INTERNAL, and this in its debug string, if the server ended the call while the
+# client was sending (StreamStreamCall._write in grpc/aio/_call.py). A pause after each message lets the client receive
+# the end first; how long that takes depends on the machine.
 _LOST_RACE = "execute_batch"
 _PAUSES = (0.01, 0.1, 1.0, 5.0)
 
@@ -216,23 +215,22 @@ _PAUSES = (0.01, 0.1, 1.0, 5.0)
 async def outcome(
     channel: grpc.aio.Channel, call: Call, messages: Sequence[Message], seconds: float
 ) -> grpc.StatusCode:
-    """Make a call with these messages (all but a client-streaming one take the first), and say how it ended.
+    """Make a call and return its status code. RPCs without client streaming get the first message.
 
-    A stream that is still at it after a few messages, or `seconds`, is hung up on, which is CANCELLED or
-    DEADLINE_EXCEEDED.
+    A stream that continues after some messages, or after `seconds`, is cancelled: CANCELLED or DEADLINE_EXCEEDED.
     """
     code = grpc.StatusCode.UNKNOWN
     for pause in _PAUSES:
-        made = _made(channel, call, messages, pause, seconds + pause * len(messages))
+        active = _begin(channel, call, messages, pause, seconds + pause * len(messages))
         if call.server_streaming:
-            await _read(made, 1 if call.path.endswith(_ENDLESS) else _READ_AT_MOST)
-        code = await made.code()
-        if code is not grpc.StatusCode.INTERNAL or _LOST_RACE not in (await made.debug_error_string() or ""):
+            await _read(active, 1 if call.path.endswith(_ENDLESS) else _READ_AT_MOST)
+        code = await active.code()
+        if code is not grpc.StatusCode.INTERNAL or _LOST_RACE not in (await active.debug_error_string() or ""):
             break
     return code
 
 
-def _made(channel: grpc.aio.Channel, call: Call, messages: Sequence[Message], pause: float, seconds: float) -> Any:
+def _begin(channel: grpc.aio.Channel, call: Call, messages: Sequence[Message], pause: float, seconds: float) -> Any:
     kind = f"{'stream' if call.client_streaming else 'unary'}_{'stream' if call.server_streaming else 'unary'}"
     stub = getattr(channel, kind)(
         call.path,
@@ -248,13 +246,13 @@ async def _paced(messages: Sequence[Message], pause: float) -> AsyncIterator[Mes
         await asyncio.sleep(pause)
 
 
-async def _read(made: Any, at_most: int) -> None:
+async def _read(active: Any, at_most: int) -> None:
     try:
         count = 0
-        async for _ in made:
+        async for _ in active:
             count += 1
             if count == at_most:
-                made.cancel()
+                active.cancel()
     except (grpc.aio.AioRpcError, asyncio.CancelledError):
-        # Its code says it.
+        # The status code of the call shows the reason.
         return

@@ -1,6 +1,6 @@
-"""A store in memory, with the promises of `ports.Store`, which tests/contracts holds it to.
+"""A store in memory that passes the contract tests of `ports.Store`.
 
-It does not do: expiry, records that cannot be read, limits of size, idle events of a watch, and daemons that are alive.
+It has no expiry, unreadable records, size limits, idle events of watches, or heartbeats of daemons.
 """
 
 from __future__ import annotations
@@ -40,39 +40,39 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Moment:
-    """What a listing showed when its first page was read, and how many changes its watch had told then."""
+class _Listing:
+    """The items of a listing when its first page was read, and the number of changes at that time."""
 
-    listing: str
+    name: str
     items: Sequence[object]
-    told: int = 0
+    change_count: int = 0
 
 
 @dataclass
 class _History(Generic[T]):
-    """Every change of one kind of object, for its watches; the first `forgotten` are no longer told."""
+    """Every change of one kind of object, for watches. The first `forgotten` changes can no longer be read."""
 
     kind: str
-    there: Callable[[], dict[str, T]]
-    told: list[tuple[T | None, T | None]] = field(default_factory=list)
+    current: Callable[[], dict[str, T]]
+    changes: list[tuple[T | None, T | None]] = field(default_factory=list)
     forgotten: int = 0
 
     def record(self, before: Mapping[str, T]) -> None:
-        """Add what has changed since the objects were as in `before`, in the order of their names."""
-        after = self.there()
-        self.told += [
+        """Add the changes since `before`, in the order of the names of objects."""
+        after = self.current()
+        self.changes += [
             (before.get(name), after.get(name))
             for name in sorted(before.keys() | after.keys())
             if before.get(name) != after.get(name)
         ]
 
     def token(self, place: int) -> str:
-        """Of what comes behind the first `place` changes."""
-        return f"{self.kind} told {place} 0"
+        """Return the token for what follows the first `place` changes."""
+        return f"{self.kind} changes {place} 0"
 
 
 class MemoryStore(Store):
-    """A store whose transactions are plain Python. Pages show the moment of the first."""
+    """A store whose transactions are plain Python. All pages show the state at the time of the first."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -83,23 +83,23 @@ class MemoryStore(Store):
         # By host.
         self.holders: defaultdict[str, dict[ClaimKey, Holder]] = defaultdict(dict)
         self.journal: dict[str, Versioned[Operation]] = {}
-        # What each operation was begun with, also of those that have ended; for tests alone.
+        # The arguments of all operations, also of ended ones; only tests read them.
         self.arguments: dict[str, JsonObject] = {}
         self.request_records: dict[str, RequestRecord] = {}
         self.revision_views: dict[tuple[str, int], RevisionView] = {}
         self.origins: dict[tuple[str, str], ImageOrigin] = {}
         self.reads = 0
-        # Why there is no room.
+        # Why the store is full; empty: it is not.
         self.full = ""
-        # What is said of snapshots, also of revisions that are not there.
-        self._kept: dict[tuple[str, int], Snapshot | SnapshotSkipped] = {}
-        # The version of what was put last at a key.
+        # Snapshots, also of missing revisions.
+        self._snapshots: dict[tuple[str, int], Snapshot | SnapshotSkipped] = {}
+        # The version of the last write of each key.
         self._versions: dict[Hashable, int] = {}
-        # None: forgotten.
-        self._moments: list[_Moment | None] = []
-        self._containers_seen = _History("containers", self._views)
-        self._volumes_seen = _History("volumes", self._volume_details)
-        self._happened = asyncio.Event()
+        # None: expired.
+        self._listings: list[_Listing | None] = []
+        self._container_history = _History("containers", self._views)
+        self._volume_history = _History("volumes", self._volume_details)
+        self._changed = asyncio.Event()
 
     @override
     async def apply(self, changes: Sequence[change.StoreChange]) -> int:
@@ -113,38 +113,40 @@ class MemoryStore(Store):
         before, volumes_before = self._views(), self._volume_details()
         self.version += 1
         for item in changes:
-            self._do(item)
+            self._write(item)
         self._versions |= dict.fromkeys(keys, self.version)
         self._record(before, volumes_before)
         return self.version
 
     async def forget(self) -> None:
-        """Let every token that was given out expire, as a compaction does."""
-        self._moments = [None] * len(self._moments)
-        self._containers_seen.forgotten = len(self._containers_seen.told)
-        self._volumes_seen.forgotten = len(self._volumes_seen.told)
+        """Let all tokens expire, as a compaction does."""
+        self._listings = [None] * len(self._listings)
+        self._container_history.forgotten = len(self._container_history.changes)
+        self._volume_history.forgotten = len(self._volume_history.changes)
 
     def _views(self) -> dict[str, ContainerView]:
         return {
-            name: ContainerView(head.value, head.version, self.locks.get((ResourceKind.CONTAINER, name), ""))
-            for name, head in sorted(self.container_records.items())
+            name: ContainerView(stored.value, stored.version, self.locks.get((ResourceKind.CONTAINER, name), ""))
+            for name, stored in sorted(self.container_records.items())
         }
 
     def _record(self, before: Mapping[str, ContainerView], volumes_before: Mapping[str, VolumeDetails]) -> None:
-        self._containers_seen.record(before)
-        self._volumes_seen.record(volumes_before)
-        self._happened.set()
-        self._happened = asyncio.Event()
+        self._container_history.record(before)
+        self._volume_history.record(volumes_before)
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _volume_details(self) -> dict[str, VolumeDetails]:
         return {
             name: VolumeDetails(
-                VolumeView(head.value, head.version, self.locks.get((ResourceKind.VOLUME, name), "")),
+                VolumeView(stored.value, stored.version, self.locks.get((ResourceKind.VOLUME, name), "")),
                 tuple(
-                    one for one, view in self._views().items() if name in {m.volume for m in view.container.spec.mounts}
+                    container
+                    for container, view in self._views().items()
+                    if name in {mount.volume for mount in view.container.spec.mounts}
                 ),
             )
-            for name, head in sorted(self.volume_records.items())
+            for name, stored in sorted(self.volume_records.items())
         }
 
     def _check(self, item: change.StoreChange) -> None:  # noqa: C901 - one case for each kind of condition
@@ -196,7 +198,7 @@ class MemoryStore(Store):
     def _versioned(self, item: change.StoreChange, found: T | None) -> Versioned[T] | None:
         return None if found is None else Versioned(found, self._versions.get(_key(item), 1))
 
-    def _do(self, item: change.StoreChange) -> None:  # noqa: C901, PLR0912 - one case for each kind of change
+    def _write(self, item: change.StoreChange) -> None:  # noqa: C901, PLR0912 - one case for each kind of change
         match item:
             case change.Lock(kind=kind, name=name, operation_id=operation_id):
                 self.locks[kind, name] = operation_id
@@ -207,7 +209,7 @@ class MemoryStore(Store):
             case change.DeleteVolume(name=name, uid=uid):
                 self.volume_records.pop(name, None)
                 self.volume_revision_records = {
-                    at: one for at, one in self.volume_revision_records.items() if at[0] != uid
+                    key: found for key, found in self.volume_revision_records.items() if key[0] != uid
                 }
             case change.PutVolumeRevision(revision=volume_revision):
                 self.volume_revision_records[volume_revision.uid, volume_revision.revision] = volume_revision
@@ -222,8 +224,8 @@ class MemoryStore(Store):
                 self.container_records[container.name] = Versioned(container, self.version)
             case change.DeleteContainer(name=name, uid=uid):
                 self.container_records.pop(name, None)
-                self.revision_views = {at: one for at, one in self.revision_views.items() if at[0] != uid}
-                self._kept = {at: one for at, one in self._kept.items() if at[0] != uid}
+                self.revision_views = {at: view for at, view in self.revision_views.items() if at[0] != uid}
+                self._snapshots = {at: snapshot for at, snapshot in self._snapshots.items() if at[0] != uid}
             case change.PutOperation(operation=operation):
                 self.arguments.setdefault(operation.id, operation.arguments)
                 arguments = {} if operation.state.ended else operation.arguments
@@ -233,27 +235,27 @@ class MemoryStore(Store):
             case change.PutRevision(revision=revision):
                 self._show_revision(revision)
             case change.PutSnapshot(uid=uid, revision=number, snapshot=snapshot):
-                self._kept[uid, number] = snapshot
+                self._snapshots[uid, number] = snapshot
                 if (uid, number) in self.revision_views:
                     self._show_revision(self.revision_views[uid, number].revision)
             case change.DeleteRevision(uid=uid, revision=number):
                 self.revision_views.pop((uid, number), None)
-                self._kept.pop((uid, number), None)
+                self._snapshots.pop((uid, number), None)
             case change.PutImageOrigin(origin=origin):
                 self.origins[origin.node, origin.image_id] = origin
             case change.DeleteImageOrigin(node=node, image_id=image_id):
                 self.origins.pop((node, image_id), None)
 
     def _show_revision(self, revision: ContainerRevision) -> None:
-        kept = self._kept.get((revision.uid, revision.revision))
+        snapshot = self._snapshots.get((revision.uid, revision.revision))
         self.revision_views[revision.uid, revision.revision] = (
-            RevisionView(revision, None, kept.reason)
-            if isinstance(kept, SnapshotSkipped)
-            else RevisionView(revision, kept)
+            RevisionView(revision, None, snapshot.reason)
+            if isinstance(snapshot, SnapshotSkipped)
+            else RevisionView(revision, snapshot)
         )
 
     def put(self, container: Container) -> None:
-        """A container that was made earlier."""
+        """Write the record of a container."""
         before, volumes_before = self._views(), self._volume_details()
         self.version += 1
         self.container_records[container.name] = Versioned(container, self.version)
@@ -261,53 +263,53 @@ class MemoryStore(Store):
 
     @override
     async def container(self, name: str) -> ContainerView | None:
-        head = self.container_records.get(name)
+        stored = self.container_records.get(name)
         lock = self.locks.get((ResourceKind.CONTAINER, name), "")
-        return ContainerView(head.value, head.version, lock) if head else None
+        return ContainerView(stored.value, stored.version, lock) if stored else None
 
     @override
     async def volume(self, name: str) -> VolumeView | None:
-        head = self.volume_records.get(name)
+        stored = self.volume_records.get(name)
         lock = self.locks.get((ResourceKind.VOLUME, name), "")
-        return VolumeView(head.value, head.version, lock) if head else None
+        return VolumeView(stored.value, stored.version, lock) if stored else None
 
     @override
     async def volumes(self, *, page_size: int, page_token: str) -> Page[VolumeView]:
-        views = [one.view for one in self._volume_details().values()]
-        return self._page("volumes", views, page_size, page_token, self._volumes_seen)
+        views = [details.view for details in self._volume_details().values()]
+        return self._page("volumes", views, page_size, page_token, self._volume_history)
 
     @override
     def watch_volumes(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[VolumeDetails], None]:
-        return self._watch(self._volumes_seen, token, listing=listing)
+        return self._watch(self._volume_history, token, listing=listing)
 
     @override
     async def volume_revisions(self, uid: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
-        past = [revision for (owner, _), revision in sorted(self.volume_revision_records.items()) if owner == uid]
-        return self._page(f"volume revisions of {uid}", past, page_size, page_token)
+        revisions = [revision for (owner, _), revision in sorted(self.volume_revision_records.items()) if owner == uid]
+        return self._page(f"volume revisions of {uid}", revisions, page_size, page_token)
 
     @override
     async def containers(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
         views = list(self._views().values())
-        return self._page("containers", views, page_size, page_token, self._containers_seen)
+        return self._page("containers", views, page_size, page_token, self._container_history)
 
     @override
     def watch_containers(self, *, token: str, listing: bool) -> AsyncGenerator[StoreEvent[ContainerView], None]:
-        return self._watch(self._containers_seen, token, listing=listing)
+        return self._watch(self._container_history, token, listing=listing)
 
     async def _watch(self, history: _History[T], token: str, *, listing: bool) -> AsyncGenerator[StoreEvent[T], None]:
         if not token and listing:
-            self._moments.append(_Moment(history.kind, list(history.there().values()), len(history.told)))
-            token = f"{history.kind} list {len(self._moments) - 1} 0"
-        place = len(history.told)
+            self._listings.append(_Listing(history.kind, list(history.current().values()), len(history.changes)))
+            token = f"{history.kind} list {len(self._listings) - 1} 0"
+        place = len(history.changes)
         if token:
             phase, number, shown = _parsed_watch_token(history.kind, token)
             place = number
             if phase == "list":
-                moment = self._moment(history.kind, number, token, "resume_token")
-                for index, view in enumerate(moment.items[shown:], start=shown + 1):
-                    yield StoreEvent(None, view, f"{history.kind} list {number} {index}")  # type: ignore[arg-type]  # of this kind
-                place, listing = moment.told, True
-            elif number > len(history.told):
+                listed = self._find_listing(history.kind, number, token, "resume_token")
+                for index, view in enumerate(listed.items[shown:], start=shown + 1):
+                    yield StoreEvent(None, view, f"{history.kind} list {number} {index}")  # type: ignore[arg-type]  # items of this kind
+                place, listing = listed.change_count, True
+            elif number > len(history.changes):
                 raise _wrong("resume_token")
             else:
                 listing = False
@@ -317,24 +319,24 @@ class MemoryStore(Store):
         while True:
             if place < history.forgotten:
                 raise ResumeTokenExpired(token)
-            happened = self._happened
-            if place == len(history.told):
-                await happened.wait()
+            changed = self._changed
+            if place == len(history.changes):
+                await changed.wait()
                 continue
-            before, after = history.told[place]
+            before, after = history.changes[place]
             place += 1
             yield StoreEvent(before, after, history.token(place))
 
-    def _moment(self, listing: str, number: int, token: str, field_name: str) -> _Moment:
-        """Raises InvalidArgument, ResumeTokenExpired."""
-        if number >= len(self._moments):
+    def _find_listing(self, listing: str, number: int, token: str, field_name: str) -> _Listing:
+        """Return a listing by its number. Raises InvalidArgument, ResumeTokenExpired."""
+        if number >= len(self._listings):
             raise _wrong(field_name)
-        moment = self._moments[number]
-        if moment is None:
+        listed = self._listings[number]
+        if listed is None:
             raise ResumeTokenExpired(token)
-        if moment.listing != listing:
+        if listed.name != listing:
             raise _wrong(field_name)
-        return moment
+        return listed
 
     def _page(
         self,
@@ -350,16 +352,16 @@ class MemoryStore(Store):
             if named != listing or len(numbers) != 2 or not all(part.isdecimal() for part in numbers):
                 raise _wrong("page_token")
             number, first = map(int, numbers)
-            moment = self._moment(listing, number, token, "page_token")
+            listed = self._find_listing(listing, number, token, "page_token")
         else:
-            number, first = len(self._moments), 0
-            moment = _Moment(listing, items, len(history.told) if history else 0)
-            self._moments.append(moment)
+            number, first = len(self._listings), 0
+            listed = _Listing(listing, items, len(history.changes) if history else 0)
+            self._listings.append(listed)
         last = first + size
         return Page(
-            tuple(moment.items[first:last]),  # type: ignore[arg-type]  # what was listed then
-            f"{listing} {number} {last}" if last < len(moment.items) else "",
-            history.token(moment.told) if history else "",
+            tuple(listed.items[first:last]),  # type: ignore[arg-type]  # the items of the listing
+            f"{listing} {number} {last}" if last < len(listed.items) else "",
+            history.token(listed.change_count) if history else "",
         )
 
     @override
@@ -384,14 +386,16 @@ class MemoryStore(Store):
 
     @override
     async def operations(self, *, page_size: int, page_token: str) -> Page[Operation]:
-        # What is large is shown where an operation is read by itself.
+        # Large fields are shown only where a single operation is read.
         by_id = [stored.value.changed(arguments={}, result=None) for _, stored in sorted(self.journal.items())]
         return self._page("operations", by_id, page_size, page_token)
 
     @override
     async def unfinished(self, node: str) -> tuple[Versioned[Operation], ...]:
         locking = [self.journal.get(operation_id) for operation_id in dict.fromkeys(self.locks.values())]
-        return tuple(one for one in locking if one and one.value.node == node and not one.value.state.ended)
+        return tuple(
+            stored for stored in locking if stored and stored.value.node == node and not stored.value.state.ended
+        )
 
     @override
     async def list_locks(self) -> tuple[change.Lock, ...]:
@@ -407,7 +411,7 @@ class MemoryStore(Store):
 
     @override
     async def image_origins(self, node: str) -> tuple[ImageOrigin, ...]:
-        return tuple(origin for (where, _), origin in self.origins.items() if where == node)
+        return tuple(origin for (origin_node, _), origin in self.origins.items() if origin_node == node)
 
     @override
     async def nodes(self) -> tuple[NodeRecord, ...]:
@@ -423,7 +427,7 @@ class MemoryStore(Store):
 
 
 def _key(item: change.StoreChange) -> Hashable:  # noqa: C901, PLR0911 - one case for each kind of key
-    """The key that a change uses; no two changes of a transaction may use the same one."""
+    """Return the key of a change; the changes of a transaction must have different keys."""
     match item:
         case (
             change.Lock(kind=kind, name=name)
@@ -466,9 +470,12 @@ def _key(item: change.StoreChange) -> Hashable:  # noqa: C901, PLR0911 - one cas
 
 
 def _parsed_watch_token(kind: str, token: str) -> tuple[str, int, int]:
-    """The phase, the moment or the place, and how many of the list were shown. Raises InvalidArgument."""
+    """Return the phase, the number of the listing or of changes, and how many items were shown.
+
+    Raises InvalidArgument.
+    """
     named, *rest = token.split(" ")
-    if named != kind or len(rest) != 3 or rest[0] not in ("list", "told"):
+    if named != kind or len(rest) != 3 or rest[0] not in ("list", "changes"):
         raise _wrong("resume_token")
     if not all(part.isdecimal() for part in rest[1:]):
         raise _wrong("resume_token")

@@ -1,4 +1,4 @@
-"""A service of one method for each of the four kinds, whose behaviour a test decides, behind the real interceptors."""
+"""A service with a method of each of the four kinds, which a test controls, behind the interceptors of the daemon."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def _message() -> Any:
 Message: Any = _message()
 
 
-async def _nothing(_context: Context) -> None:
+async def _do_nothing(_context: Context) -> None:
     pass
 
 
 @dataclass
 class Probe:
-    """What the methods do between their first reply and their last; a unary one has the last only."""
+    """The methods. `act` runs between the first and the last reply; a unary method has only the last."""
 
-    act: Callable[[Context], Awaitable[None]] = _nothing
+    act: Callable[[Context], Awaitable[None]] = _do_nothing
     ended: list[str] = field(default_factory=list)
 
     async def one_to_one(self, request: Any, context: Context) -> Any:
-        """Gives the request back."""
+        """Return the request."""
         await self.act(context)
         return request
 
     async def one_to_many(self, request: Any, context: Context) -> AsyncIterator[Any]:
-        """Gives the request back twice."""
+        """Yield the request twice."""
         try:
             yield request
             await self.act(context)
@@ -70,22 +70,22 @@ class Probe:
             self.ended.append("OneToMany")
 
     async def many_to_one(self, requests: AsyncIterator[Any], context: Context) -> Any:
-        """Gives the last request back."""
+        """Return the last request."""
         received = [request async for request in requests]
         await self.act(context)
         return received[-1]
 
     async def many_to_many(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        """Gives every request back, and the last one twice."""
+        """Yield every request, and the last one twice."""
         async for request in requests:
             yield request
         await self.act(context)
         yield request
 
     def handlers(self, service: str) -> grpc.GenericRpcHandler[Any, Any]:
-        """The methods under the name of `service`."""
+        """Return the methods under the name of `service`."""
         coding = {"request_deserializer": Message.FromString, "response_serializer": Message.SerializeToString}
-        made: dict[str, Any] = {
+        methods: dict[str, Any] = {
             "OneToOne": grpc.unary_unary_rpc_method_handler(self.one_to_one, **coding),
             "OneToMany": grpc.unary_stream_rpc_method_handler(self.one_to_many, **coding),
             "ManyToOne": grpc.stream_unary_rpc_method_handler(self.many_to_one, **coding),
@@ -93,12 +93,12 @@ class Probe:
             "GetSomething": grpc.unary_unary_rpc_method_handler(self.one_to_one, **coding),
             "Sync": grpc.unary_unary_rpc_method_handler(lambda request, _context: request, **coding),
         }
-        return grpc.method_handlers_generic_handler(service, made)
+        return grpc.method_handlers_generic_handler(service, methods)
 
 
 @asynccontextmanager
-async def serving(probe: Probe, settings: Settings) -> AsyncIterator[tuple[str, ...]]:
-    """A server as the daemon has it; gives the addresses that it listens on."""
+async def serve_probe(probe: Probe, settings: Settings) -> AsyncIterator[tuple[str, ...]]:
+    """Serve the probe with the options of the daemon; yield the addresses of the server."""
     tokens = TokenFile(settings.token_file) if settings.token_file else None
     server = grpc.aio.server(interceptors=interceptors(tokens), options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers((probe.handlers(SERVICE), probe.handlers("grpc.health.v1.Health")))
@@ -119,7 +119,7 @@ def begin(
     requests: Sequence[Any] = (Message(name="train"), Message(name="other")),
     metadata: Sequence[tuple[str, str]] = (),
 ) -> Any:
-    """Begin a call of the method of this kind; one that streams sends `requests`, or nothing where there are none."""
+    """Begin a call of the method of this kind. A client stream sends `requests`; without any it sends nothing."""
     make = {
         "OneToMany": channel.unary_stream,
         "ManyToOne": channel.stream_unary,
@@ -133,11 +133,11 @@ def begin(
     return stub(iter(requests) if requests else None, metadata=metadata, timeout=limit(20))
 
 
-async def replies_of(begun: Any) -> list[Any]:
-    """What a call gives; raises AioRpcError."""
-    return [reply async for reply in begun] if hasattr(begun, "__aiter__") else [await begun]
+async def replies_of(call: Any) -> list[Any]:
+    """Return all replies of a call. Raises AioRpcError."""
+    return [reply async for reply in call] if hasattr(call, "__aiter__") else [await call]
 
 
 async def call(channel: grpc.aio.Channel, kind: str, **options: Any) -> list[Any]:
-    """Begin a call and give its replies."""
+    """Make a call; return its replies."""
     return await replies_of(begin(channel, kind, **options))

@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.calls import failure_of
 from tests.rig.patience import limit
-from tests.rpc.probe import Message, Probe, serving
+from tests.rpc.probe import Message, Probe, serve_probe
 
 TOKEN = "0123456789abcdef0123456789abcdef"  # noqa: S105 - an example
 BEARER = (("authorization", f"Bearer {TOKEN}"),)
@@ -115,7 +115,7 @@ async def test_a_watcher_that_stops_reading_holds_up_nobody() -> None:
 
 @pytest.mark.parametrize(("kind", "make"), [("OneToOne", "stream_unary"), ("OneToMany", "stream_stream")])
 async def test_a_call_is_refused_before_its_request_is_read(settings: Settings, kind: str, make: str) -> None:
-    async with serving(Probe(), settings) as (_unix, tcp), grpc.aio.insecure_channel(tcp) as channel:
+    async with serve_probe(Probe(), settings) as (_unix, tcp), grpc.aio.insecure_channel(tcp) as channel:
         # As a stream, whose client may send its headers and then nothing.
         method = getattr(channel, make)(
             f"/gpudock.probe.Probe/{kind}",

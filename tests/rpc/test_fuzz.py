@@ -1,4 +1,4 @@
-"""Whatever a request holds, it is taken or refused with an error that a caller may see."""
+"""Any request is accepted, or refused with an error of the contract."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gpudock_server.rpc.volumes import requests as volume_requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.rpc.fuzz_requests import CALLS, EXAMPLES, damaged, requests
+from tests.rpc.fuzz_requests import CALLS, EXAMPLES, corrupted, requests
 
 VALIDATORS: Mapping[str, Callable[[Any], object]] = {
     "CreateContainer": container_requests.create,
@@ -63,7 +63,7 @@ VALIDATORS: Mapping[str, Callable[[Any], object]] = {
     "WatchOperation": operation_requests.operation_id,
     "CancelOperation": operation_requests.operation_id,
 }
-# Takes the name of a node alone, and any name is one that may not be there.
+# It takes only the name of a node, and any name can be of a missing node.
 UNCHECKED = {"GetNode"}
 
 
@@ -72,7 +72,7 @@ def test_every_rpc_has_a_validation() -> None:
 
 
 @pytest.mark.parametrize("method", VALIDATORS)
-def test_any_message_is_valid_or_an_error_that_a_caller_may_see(method: str) -> None:
+def test_any_message_is_accepted_or_refused_with_an_error_of_the_contract(method: str) -> None:
     validate = VALIDATORS[method]
     request_type = next(call.request for call in CALLS if call.path.endswith(f"/{method}"))
 
@@ -82,16 +82,16 @@ def test_any_message_is_valid_or_an_error_that_a_caller_may_see(method: str) -> 
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.one_of(requests(request_type), damaged(request_type)))
+    @given(st.one_of(requests(request_type), corrupted(request_type)))
     def check(request: Message) -> None:
         try:
             found = validate(request)
         except GpudockError as error:
-            # What a caller is told can be put into words, whatever was in the request.
+            # The message of the error can be created from any request.
             str(error)
             return
         if isinstance(found, Create):
-            # What was taken is shown as it was taken.
+            # An accepted spec is shown as it was accepted.
             violations = Violations()
             assert spec(violations, spec_message(found.spec)) == found.spec
             assert not violations.any
@@ -102,7 +102,7 @@ def test_any_message_is_valid_or_an_error_that_a_caller_may_see(method: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["stdin", "close_stdin", "resize", "signal", "other"])
-def test_any_later_exec_message(kind: str) -> None:
+def test_any_later_exec_message_is_accepted_or_refused(kind: str) -> None:
     @settings(
         max_examples=max(20, EXAMPLES // 50), deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )

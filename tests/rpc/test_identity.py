@@ -18,8 +18,8 @@ from gpudock_server.startup import StartupError
 from structlog.testing import capture_logs
 
 from tests.rpc.certificates import Authority, Signed
-from tests.rpc.probe import KINDS, Probe, call, serving
-from tests.rpc.serving import reason_of
+from tests.rpc.in_memory_server import reason_of
+from tests.rpc.probe import KINDS, Probe, call, serve_probe
 
 TOKEN = "0123456789abcdef0123456789abcdef"  # noqa: S105 - an example
 OTHER = "fedcba9876543210fedcba9876543210"
@@ -59,7 +59,7 @@ class Callers(Probe):
 async def reached(
     probe: Probe, settings: Settings, credentials: grpc.ChannelCredentials | None = None
 ) -> AsyncIterator[grpc.aio.Channel]:
-    async with serving(probe, settings) as (address,):
+    async with serve_probe(probe, settings) as (address,):
         opened = grpc.aio.secure_channel(address, credentials) if credentials else grpc.aio.insecure_channel(address)
         async with opened as channel:
             yield channel

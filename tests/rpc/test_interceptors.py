@@ -26,8 +26,8 @@ from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
 from tests.rig.patience import limit
-from tests.rpc.probe import KINDS, Message, Probe, begin, call, serving
-from tests.rpc.serving import reason_of
+from tests.rpc.in_memory_server import reason_of
+from tests.rpc.probe import KINDS, Message, Probe, begin, call, serve_probe
 
 PRINTABLE = string.punctuation.replace("%", "") + " "
 SECRET = "hunter2-in-an-exception"  # noqa: S105 - what must not get out
@@ -41,7 +41,7 @@ def probe() -> Probe:
 @pytest.fixture
 async def channel(probe: Probe, tmp_path: Path) -> AsyncIterator[grpc.aio.Channel]:
     path = tmp_path / "gpudock.sock"
-    async with serving(probe, Settings(socket=path)), grpc.aio.insecure_channel(f"unix:{path}") as opened:
+    async with serve_probe(probe, Settings(socket=path)), grpc.aio.insecure_channel(f"unix:{path}") as opened:
         yield opened
 
 

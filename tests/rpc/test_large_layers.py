@@ -14,7 +14,7 @@ from gpudock_server.ports import LayerTooLarge, Progress, SnapshotPlan
 from typing_extensions import override
 
 from tests.rpc.fake_layers import FakeSnapshots
-from tests.rpc.serving import Served, made, reason_of, serve, to_the_end
+from tests.rpc.in_memory_server import InMemoryServer, create_container, read_to_end, reason_of, serve
 
 REASON = "there are more than 1000 files and folders"
 _ALWAYS = container_pb2.SNAPSHOT_POLICY_ALWAYS
@@ -61,32 +61,35 @@ class LargeLayers(FakeSnapshots):
 
 
 def _rename(
-    served: Served, policy: container_pb2.SnapshotPolicy.ValueType = _UNSPECIFIED, *, validate_only: bool = False
+    server: InMemoryServer,
+    policy: container_pb2.SnapshotPolicy.ValueType = _UNSPECIFIED,
+    *,
+    validate_only: bool = False,
 ) -> Any:
     request = container_service_pb2.UpdateContainerRequest(
         name="a", spec=container_pb2.ContainerSpec(hostname="second"), snapshots=policy, validate_only=validate_only
     )
     request.update_mask.paths.append("hostname")
-    return served.containers.UpdateContainer(request)
+    return server.containers.UpdateContainer(request)
 
 
-async def _revisions(served: Served) -> list[Any]:
+async def _revisions(server: InMemoryServer) -> list[Any]:
     request = container_service_pb2.ListContainerRevisionsRequest(name="a")
-    return list((await served.containers.ListContainerRevisions(request)).revisions)
+    return list((await server.containers.ListContainerRevisions(request)).revisions)
 
 
 @pytest.mark.parametrize("moment", ["plan", "gather", "complete"])
 async def test_a_change_is_made_without_a_snapshot_and_its_revision_says_why(tmp_path: Path, moment: str) -> None:
     snapshots = LargeLayers(moment)
-    async with serve(tmp_path, snapshots=snapshots) as served:
-        await made(served)
-        events, error = await to_the_end(_rename(served))
+    async with serve(tmp_path, snapshots=snapshots) as server:
+        await create_container(server)
+        events, error = await read_to_end(_rename(server))
         assert error is None
         assert events[-1].result.spec.hostname == "second"
         operation = events[-2].operation
         warned = any(REASON in warning for warning in operation.plan.warnings)
         assert warned if moment == "plan" else REASON in operation.message
-        old, new = await _revisions(served)
+        old, new = await _revisions(server)
         assert REASON in old.snapshot_warning
         assert not old.HasField("snapshot")
         assert new.snapshot_warning == ""
@@ -94,9 +97,9 @@ async def test_a_change_is_made_without_a_snapshot_and_its_revision_says_why(tmp
 
 
 async def test_the_plan_alone_warns_too(tmp_path: Path) -> None:
-    async with serve(tmp_path, snapshots=LargeLayers("plan")) as served:
-        await made(served)
-        events, error = await to_the_end(_rename(served, validate_only=True))
+    async with serve(tmp_path, snapshots=LargeLayers("plan")) as server:
+        await create_container(server)
+        events, error = await read_to_end(_rename(server, validate_only=True))
         assert error is None
         assert any(REASON in warning for warning in events[-1].operation.plan.warnings)
 
@@ -105,20 +108,20 @@ async def test_the_plan_alone_warns_too(tmp_path: Path) -> None:
 async def test_a_call_that_demands_a_snapshot_fails_and_leaves_the_container_as_it_was(
     tmp_path: Path, moment: str
 ) -> None:
-    async with serve(tmp_path, snapshots=LargeLayers(moment)) as served:
-        before = await made(served)
-        _, error = await to_the_end(_rename(served, _ALWAYS))
+    async with serve(tmp_path, snapshots=LargeLayers(moment)) as server:
+        before = await create_container(server)
+        _, error = await read_to_end(_rename(server, _ALWAYS))
         assert reason_of(error) == "SNAPSHOT_FAILED"
         assert error is not None
         assert REASON in str(error.details())
-        after = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
+        after = await server.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
         assert after.container.spec == before.spec
-        assert [one.revision for one in await _revisions(served)] == [1]
+        assert [one.revision for one in await _revisions(server)] == [1]
 
 
 async def test_a_clone_of_such_a_layer_is_refused_at_once(tmp_path: Path) -> None:
-    async with serve(tmp_path, snapshots=LargeLayers("plan")) as served:
-        await made(served)
+    async with serve(tmp_path, snapshots=LargeLayers("plan")) as server:
+        await create_container(server)
         request = container_service_pb2.CloneContainerRequest(source="a", name="b")
-        _, error = await to_the_end(served.containers.CloneContainer(request))
+        _, error = await read_to_end(server.containers.CloneContainer(request))
         assert reason_of(error) == "SNAPSHOT_FAILED"

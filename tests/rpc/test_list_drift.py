@@ -10,7 +10,7 @@ from gpudock.v1 import drift_pb2, node_service_pb2
 from gpudock_server.errors import EngineUnavailable
 from gpudock_server.model.drift import Drift, DriftKind, DriftRemedy
 
-from tests.rpc.serving import Served
+from tests.rpc.in_memory_server import InMemoryServer
 
 
 def _finding(kind: DriftKind, container: str, remedy: DriftRemedy) -> Drift:
@@ -25,25 +25,25 @@ FINDINGS = (
 )
 
 
-def compared(served: Served) -> None:
+def compared(server: InMemoryServer) -> None:
     """A full comparison has found all of FINDINGS."""
-    with served.drift.full_pass() as note:
+    with server.drift.full_pass() as note:
         for finding in FINDINGS:
             note(finding)
 
 
-def _broken_off(served: Served) -> None:
-    with served.drift.full_pass() as note:
+def _broken_off(server: InMemoryServer) -> None:
+    with server.drift.full_pass() as note:
         note(_finding(DriftKind.CONTAINER_GONE, "d", DriftRemedy.REPAIRED))
         raise EngineUnavailable(call="list containers", detail="it does not answer")
 
 
-async def listed(served: Served, page_size: int = 0, **filters: Any) -> list[list[tuple[str, str]]]:
+async def listed(server: InMemoryServer, page_size: int = 0, **filters: Any) -> list[list[tuple[str, str]]]:
     """The pages of a listing: container and kind of each finding."""
     request = node_service_pb2.ListDriftRequest(page_size=page_size, filter=node_service_pb2.DriftFilter(**filters))
     pages = []
     while True:
-        answer = await served.nodes.ListDrift(request)
+        answer = await server.nodes.ListDrift(request)
         kind = drift_pb2.DriftKind.Name
         pages.append([(one.container, kind(one.kind).removeprefix("DRIFT_KIND_")) for one in answer.drift])
         if not answer.next_page_token:
@@ -51,11 +51,11 @@ async def listed(served: Served, page_size: int = 0, **filters: Any) -> list[lis
         request.page_token = answer.next_page_token
 
 
-async def test_all_that_was_found_by_container_and_kind(served: Served) -> None:
-    before = await served.nodes.ListDrift(node_service_pb2.ListDriftRequest())
+async def test_all_that_was_found_by_container_and_kind(server: InMemoryServer) -> None:
+    before = await server.nodes.ListDrift(node_service_pb2.ListDriftRequest())
     assert not before.HasField("compare_time"), "nothing has been compared yet"
-    compared(served)
-    answer = await served.nodes.ListDrift(node_service_pb2.ListDriftRequest())
+    compared(server)
+    answer = await server.nodes.ListDrift(node_service_pb2.ListDriftRequest())
     assert answer.HasField("compare_time")
     assert [(one.container, one.message, one.plan) for one in answer.drift] == [
         (name, f"{name} differs", "what is done") for name in "abbc"
@@ -63,42 +63,42 @@ async def test_all_that_was_found_by_container_and_kind(served: Served) -> None:
     assert all(one.HasField("since_time") for one in answer.drift)
 
 
-async def test_filters(served: Served) -> None:
-    compared(served)
-    assert await listed(served, container="b") == [[("b", "CLAIM_CONFLICT"), ("b", "CONTAINER_RENAMED")]]
+async def test_filters(server: InMemoryServer) -> None:
+    compared(server)
+    assert await listed(server, container="b") == [[("b", "CLAIM_CONFLICT"), ("b", "CONTAINER_RENAMED")]]
     kinds = [drift_pb2.DRIFT_KIND_CONTAINER_GONE, drift_pb2.DRIFT_KIND_RESTART_POLICY_CHANGED]
-    assert await listed(served, kinds=kinds) == [[("a", "CONTAINER_GONE"), ("c", "RESTART_POLICY_CHANGED")]]
+    assert await listed(server, kinds=kinds) == [[("a", "CONTAINER_GONE"), ("c", "RESTART_POLICY_CHANGED")]]
     for severity, found in (
         (drift_pb2.DRIFT_SEVERITY_INFO, ["a", "c"]),
         (drift_pb2.DRIFT_SEVERITY_WARNING, ["b"]),
         (drift_pb2.DRIFT_SEVERITY_ERROR, ["b"]),
     ):
-        assert [name for name, _ in (await listed(served, severities=[severity]))[0]] == found
-    assert await listed(served, container="b", kinds=kinds) == [[]]
+        assert [name for name, _ in (await listed(server, severities=[severity]))[0]] == found
+    assert await listed(server, container="b", kinds=kinds) == [[]]
 
 
-async def test_pages_are_filled_past_what_is_filtered_out(served: Served) -> None:
-    compared(served)
-    assert [len(page) for page in await listed(served, page_size=3)] == [3, 1]
-    two = await listed(served, page_size=1, severities=[drift_pb2.DRIFT_SEVERITY_INFO])
+async def test_pages_are_filled_past_what_is_filtered_out(server: InMemoryServer) -> None:
+    compared(server)
+    assert [len(page) for page in await listed(server, page_size=3)] == [3, 1]
+    two = await listed(server, page_size=1, severities=[drift_pb2.DRIFT_SEVERITY_INFO])
     assert two == [[("a", "CONTAINER_GONE")], [("c", "RESTART_POLICY_CHANGED")]]
 
 
-async def test_a_comparison_that_was_broken_off_leaves_the_list_and_says_why(served: Served) -> None:
-    compared(served)
+async def test_a_comparison_that_was_broken_off_leaves_the_list_and_says_why(server: InMemoryServer) -> None:
+    compared(server)
     with pytest.raises(EngineUnavailable):
-        _broken_off(served)
-    answer = await served.nodes.ListDrift(node_service_pb2.ListDriftRequest())
+        _broken_off(server)
+    answer = await server.nodes.ListDrift(node_service_pb2.ListDriftRequest())
     assert [one.container for one in answer.drift] == list("abbc")
     assert "it does not answer" in answer.trouble
     assert answer.HasField("trouble_time")
 
 
-async def test_what_is_no_choice_is_said(served: Served) -> None:
+async def test_what_is_no_choice_is_said(server: InMemoryServer) -> None:
     filters = node_service_pb2.DriftFilter(kinds=[0, 99], severities=[0])  # type: ignore[list-item]  # on purpose
     request = node_service_pb2.ListDriftRequest(filter=filters, page_size=-1, page_token="nonsense")  # noqa: S106 - of a page
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await served.nodes.ListDrift(request)
+        await server.nodes.ListDrift(request)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     for said in (
         "filter.kinds: has the unknown values 0, 99",

@@ -17,7 +17,7 @@ from gpudock_server.settings.definitions import Settings
 from gpudock_server.startup import StartupError
 
 from tests.rpc.certificates import Authority
-from tests.rpc.probe import Probe, call, serving
+from tests.rpc.probe import Probe, call, serve_probe
 
 TOKEN = "0123456789abcdef0123456789abcdef"  # noqa: S105 - an example
 
@@ -58,7 +58,7 @@ async def test_the_socket_has_its_mode_and_was_never_wider(
     monkeypatch.setattr(Path, "chmod", spying)
     before = os.umask(0)
     try:
-        async with serving(Probe(), Settings(socket=path, socket_mode=wanted)) as addresses:
+        async with serve_probe(Probe(), Settings(socket=path, socket_mode=wanted)) as addresses:
             assert os.umask(0) == 0, "the process's umask is as it was"
             assert addresses == (f"unix:{path}",)
             assert (seen, mode(path)) == ([0o600], wanted)
@@ -72,7 +72,7 @@ async def test_the_socket_has_its_mode_and_was_never_wider(
 async def test_the_socket_belongs_to_its_group(tmp_path: Path) -> None:
     group = grp.getgrall()[-1]
     path = tmp_path / "gpudock.sock"
-    async with serving(Probe(), Settings(socket=path, socket_group=group.gr_name)):
+    async with serve_probe(Probe(), Settings(socket=path, socket_group=group.gr_name)):
         assert path.stat().st_gid == group.gr_gid
     error = await refusal(Settings(socket=path, socket_group="no-such-group"))
     assert "'no-such-group'" in error.message
@@ -80,12 +80,12 @@ async def test_the_socket_belongs_to_its_group(tmp_path: Path) -> None:
 
 async def test_a_second_daemon_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
     settings = Settings(socket=tmp_path / "gpudock.sock")
-    async with serving(Probe(), settings):
+    async with serve_probe(Probe(), settings):
         error = await refusal(settings)
         assert f"another gpudockd (pid {os.getpid()}) listens on {settings.socket}" in error.message
         async with grpc.aio.insecure_channel(f"unix:{settings.socket}") as channel:
             await call(channel, "OneToOne")
-    async with serving(Probe(), settings):
+    async with serve_probe(Probe(), settings):
         pass
 
 
@@ -105,7 +105,7 @@ async def test_what_a_killed_daemon_left_is_removed(tmp_path: Path) -> None:
     assert await process.wait() == 9
     assert path.is_socket()
     async with (
-        serving(Probe(), Settings(socket=path)),
+        serve_probe(Probe(), Settings(socket=path)),
         grpc.aio.insecure_channel(f"unix:{path}") as channel,
     ):
         await call(channel, "OneToOne")
@@ -139,7 +139,7 @@ async def test_a_port_that_is_taken_is_refused(token_file: Path) -> None:
 
 async def test_a_port_is_not_shared_with_a_second_daemon(token_file: Path) -> None:
     settings = Settings(socket=None, listen=("127.0.0.1:0",), token_file=token_file)
-    async with serving(Probe(), settings) as (address,):
+    async with serve_probe(Probe(), settings) as (address,):
         await refusal(Settings(socket=None, listen=(address,), token_file=token_file))
 
 
@@ -161,10 +161,10 @@ def authority(tmp_path: Path) -> Authority:
 
 
 async def test_bad_certificates_are_refused_at_start(tmp_path: Path, token_file: Path, authority: Authority) -> None:
-    one, other = authority.sign("one"), authority.sign("other")
+    first, other = authority.sign("one"), authority.sign("other")
     garbage = tmp_path / "garbage.pem"
     garbage.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
-    locked = authority.locked(one)
+    encrypted = authority.encrypt_key(first)
 
     async def message(certificate: Path, key: Path, client_ca: Path | None = None) -> str:
         settings = Settings(
@@ -177,14 +177,14 @@ async def test_bad_certificates_are_refused_at_start(tmp_path: Path, token_file:
         )
         return (await refusal(settings)).message
 
-    assert "key values mismatch" in await message(one.certificate, other.key)
-    assert f"tls_cert {garbage}" in await message(garbage, one.key)
-    assert f"tls_key {locked}" in await message(one.certificate, locked)
-    assert f"tls_client_ca {garbage}" in await message(one.certificate, one.key, garbage)
-    one.key.chmod(0o644)
-    assert await message(one.certificate, one.key) == (
-        f"tls_key {one.key} is accessible to every user of this host (mode 0644)"
+    assert "key values mismatch" in await message(first.certificate, other.key)
+    assert f"tls_cert {garbage}" in await message(garbage, first.key)
+    assert f"tls_key {encrypted}" in await message(first.certificate, encrypted)
+    assert f"tls_client_ca {garbage}" in await message(first.certificate, first.key, garbage)
+    first.key.chmod(0o644)
+    assert await message(first.certificate, first.key) == (
+        f"tls_key {first.key} is accessible to every user of this host (mode 0644)"
     )
-    one.key.chmod(0o600)
+    first.key.chmod(0o600)
     missing = tmp_path / "missing"
-    assert await message(missing, one.key) == f"tls_cert {missing} cannot be read: No such file or directory"
+    assert await message(missing, first.key) == f"tls_cert {missing} cannot be read: No such file or directory"

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from tests.rig.patience import limit
 from tests.rpc.fake_volumes import FakeCopier, FakeVolumes
-from tests.rpc.serving import SOON, Served, create_request, reason_of, serve, to_the_end
+from tests.rpc.in_memory_server import TIMEOUT_SECONDS, InMemoryServer, create_request, read_to_end, reason_of, serve
 from tests.rpc.test_volumes import created, refused, resize
 
 MIB = 1 << 20
@@ -39,18 +39,18 @@ class GatedVolumes(FakeVolumes):
 
 async def test_a_resize_reserves_its_bytes_when_it_begins(tmp_path: Path) -> None:
     volumes = GatedVolumes()
-    async with serve(tmp_path, volumes) as served:
-        await created(served)
-        growing = asyncio.create_task(resize(served, 5 * TIB))
-        async with asyncio.timeout(limit(SOON)):
+    async with serve(tmp_path, volumes) as server:
+        await created(server)
+        growing = asyncio.create_task(resize(server, 5 * TIB))
+        async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
             await volumes.growing.wait()
         # The pool has 8 TiB: the second volume fits beside what the first one has, and not beside what it will have.
         second = pb.CreateVolumeRequest(name="second", size_bytes=4 * TIB)
-        assert await refused(served.volumes.CreateVolume(second)) == "DISK_FULL"
+        assert await refused(server.volumes.CreateVolume(second)) == "DISK_FULL"
         volumes.may_grow.set()
         _, error = await growing
         assert error is None
-        await created(served, "third", 3 * TIB - 64 * MIB)
+        await created(server, "third", 3 * TIB - 64 * MIB)
 
 
 @dataclass(eq=False)
@@ -111,21 +111,21 @@ class DoubtfulCopier(FakeCopier):
 
 async def test_a_copy_that_is_not_equal_never_takes_the_place_of_its_source(tmp_path: Path) -> None:
     volumes, copier = CopyingVolumes(), DoubtfulCopier(unequal=2)
-    async with serve(tmp_path, volumes, copier) as served:
-        await created(served)
-        _, error = await resize(served, 32 * MIB)
+    async with serve(tmp_path, volumes, copier) as server:
+        await created(server)
+        _, error = await resize(server, 32 * MIB)
         assert reason_of(error) == "VOLUME_FAILED"
         assert not volumes.exchanged
         assert not volumes.replacements, "the copy is removed"
-        seen = (await served.volumes.GetVolume(pb.GetVolumeRequest(name="data"))).volume
+        seen = (await server.volumes.GetVolume(pb.GetVolumeRequest(name="data"))).volume
         assert (seen.size_bytes, seen.revision) == (64 * MIB, 1)
 
 
 async def test_a_copy_that_is_not_equal_is_made_once_more_from_the_beginning(tmp_path: Path) -> None:
     volumes, copier = CopyingVolumes(), DoubtfulCopier(unequal=1)
-    async with serve(tmp_path, volumes, copier) as served:
-        await created(served)
-        events, error = await resize(served, 32 * MIB)
+    async with serve(tmp_path, volumes, copier) as server:
+        await created(server)
+        events, error = await resize(server, 32 * MIB)
         assert error is None
         assert copier.copies == [False, True, True]
         assert events[-1].result.size_bytes == 32 * MIB
@@ -134,21 +134,21 @@ async def test_a_copy_that_is_not_equal_is_made_once_more_from_the_beginning(tmp
 
 async def test_a_shrink_by_copy_is_refused_for_a_container_that_mounted_the_volume_meanwhile(tmp_path: Path) -> None:
     volumes = CopyingVolumes()
-    async with serve(tmp_path, volumes) as served:
-        await created(served)
-        volumes.before_locks = lambda: _mount(served)
-        _, error = await resize(served, 32 * MIB)
+    async with serve(tmp_path, volumes) as server:
+        await created(server)
+        volumes.before_locks = lambda: _mount(server)
+        _, error = await resize(server, 32 * MIB)
         assert reason_of(error) == "VOLUME_IN_USE"
         assert not volumes.exchanged
         assert not volumes.replacements
         # A second call sees the container, and takes it into account.
-        events, error = await resize(served, 32 * MIB)
+        events, error = await resize(server, 32 * MIB)
         assert error is None
         assert "stop" in [stage.name for stage in events[-2].operation.stages]
 
 
-async def _mount(served: Served) -> None:
+async def _mount(server: InMemoryServer) -> None:
     request = create_request()
     request.spec.mounts.append(container_pb2.Mount(volume="data", target="/data"))
-    _, error = await to_the_end(served.containers.CreateContainer(request))
+    _, error = await read_to_end(server.containers.CreateContainer(request))
     assert error is None

@@ -1,4 +1,4 @@
-"""The server as a whole: what no caller can do to it, and the services that every server has."""
+"""The whole server: any request has an expected outcome, and health, reflection and channelz are served."""
 
 from __future__ import annotations
 
@@ -15,17 +15,25 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.rpc.fuzz_requests import CALLS, EXAMPLES, Call, damaged, outcome, requests
-from tests.rpc.serving import SOON, Served, create_request, made, reason_of, serve, to_the_end
+from tests.rpc.fuzz_requests import CALLS, EXAMPLES, Call, corrupted, outcome, requests
+from tests.rpc.in_memory_server import (
+    TIMEOUT_SECONDS,
+    InMemoryServer,
+    create_container,
+    create_request,
+    read_to_end,
+    reason_of,
+    serve,
+)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=[call.path for call in CALLS])
-async def test_bytes_that_are_no_message_are_the_callers_fault(served: Served, call: Call) -> None:
+async def test_bytes_that_are_not_a_message_are_an_invalid_argument(server: InMemoryServer, call: Call) -> None:
     kind = f"{'stream' if call.client_streaming else 'unary'}_{'stream' if call.server_streaming else 'unary'}"
-    stub = getattr(served.channel, kind)(call.path)
+    stub = getattr(server.channel, kind)(call.path)
     answer = stub(iter([b"\xff\xff"])) if call.client_streaming else stub(b"\xff\xff")
     if call.server_streaming:
-        _, error = await to_the_end(answer)
+        _, error = await read_to_end(answer)
     else:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await answer
@@ -34,24 +42,24 @@ async def test_bytes_that_are_no_message_are_the_callers_fault(served: Served, c
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def end_every_process(served: Served) -> None:
-    """Processes that say something and end."""
+async def exit_every_process(server: InMemoryServer) -> None:
+    """Let every process write output and exit."""
     while True:
-        session = await served.engine.sessions.get()
-        session.say(b"x")
-        session.end(0)
+        session = await server.engine.sessions.get()
+        session.write_output(b"x")
+        session.exit(0)
 
 
-FORESEEN = {code for code in grpc.StatusCode if code not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)}
+EXPECTED_CODES = {code for code in grpc.StatusCode if code not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)}
 
 
 @pytest.mark.parametrize("call", CALLS, ids=[call.path for call in CALLS])
-def test_any_request_has_a_foreseen_end(tmp_path: Path, call: Call) -> None:
+def test_any_request_has_an_expected_outcome(tmp_path: Path, call: Call) -> None:
     with asyncio.Runner() as runner:
-        serving = serve(tmp_path)
-        served = runner.run(serving.__aenter__())
-        runner.run(made(served))
-        ending = runner.get_loop().create_task(end_every_process(served))
+        context = serve(tmp_path)
+        server = runner.run(context.__aenter__())
+        runner.run(create_container(server))
+        exits = runner.get_loop().create_task(exit_every_process(server))
 
         @settings(
             max_examples=max(10, EXAMPLES // 10 // len(CALLS)),
@@ -59,33 +67,33 @@ def test_any_request_has_a_foreseen_end(tmp_path: Path, call: Call) -> None:
             database=None,
             suppress_health_check=list(HealthCheck),
         )
-        @given(st.lists(requests(call.request) | damaged(call.request), min_size=1, max_size=3))
+        @given(st.lists(requests(call.request) | corrupted(call.request), min_size=1, max_size=3))
         def check(messages: list[Message]) -> None:
-            assert runner.run(outcome(served.channel, call, messages, 0.5)) in FORESEEN
+            assert runner.run(outcome(server.channel, call, messages, 0.5)) in EXPECTED_CODES
 
         try:
             check()
         finally:
-            ending.cancel()
-            runner.run(serving.__aexit__(None, None, None))
+            exits.cancel()
+            runner.run(context.__aexit__(None, None, None))
 
 
-async def test_health_of_each_service(served: Served) -> None:
-    health = health_pb2_grpc.HealthStub(served.channel)
-    await served.server.set_serving(True)
+async def test_the_health_of_each_service_is_served(server: InMemoryServer) -> None:
+    health = health_pb2_grpc.HealthStub(server.channel)
+    await server.rpc_server.set_serving(True)
     for service in ("", *GPUDOCK_SERVICES):
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     watch = health.Watch(health_pb2.HealthCheckRequest(service=GPUDOCK_SERVICES[0]))
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-    await served.server.set_serving(False)
+    await server.rpc_server.set_serving(False)
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     watch.cancel()
 
 
-async def test_reflection_describes_everything(served: Served) -> None:
-    reflection = reflection_pb2_grpc.ServerReflectionStub(served.channel)
-    asked = [
+async def test_reflection_describes_all_services(server: InMemoryServer) -> None:
+    reflection = reflection_pb2_grpc.ServerReflectionStub(server.channel)
+    queries = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
         *(
             reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol)
@@ -97,26 +105,26 @@ async def test_reflection_describes_everything(served: Served) -> None:
             )
         ),
     ]
-    answers = [answer async for answer in reflection.ServerReflectionInfo(iter(asked))]
+    answers = [answer async for answer in reflection.ServerReflectionInfo(iter(queries))]
     names = {service.name for service in answers[0].list_services_response.service}
     assert names >= {*GPUDOCK_SERVICES, "grpc.health.v1.Health", "grpc.channelz.v1.Channelz"}
     assert all(answer.HasField("file_descriptor_response") for answer in answers[1:])
 
 
-async def test_channelz_answers(served: Served) -> None:
-    channelz = channelz_pb2_grpc.ChannelzStub(served.channel)
+async def test_channelz_is_served(server: InMemoryServer) -> None:
+    channelz = channelz_pb2_grpc.ChannelzStub(server.channel)
     answer = await channelz.GetServers(channelz_pb2.GetServersRequest())
     assert answer.server
 
 
-async def test_shutting_down_ends_streams_with_a_clear_status(served: Served) -> None:
-    gate = served.engine.gates["create"] = asyncio.Event()
-    call = served.containers.CreateContainer(create_request())
+async def test_a_shutdown_ends_streams_with_shutting_down(server: InMemoryServer) -> None:
+    gate = server.engine.gates["create"] = asyncio.Event()
+    call = server.containers.CreateContainer(create_request())
     stream = aiter(call)
     await anext(stream)
-    draining = asyncio.create_task(served.operations.drain(SOON))
+    draining = asyncio.create_task(server.operations.drain(TIMEOUT_SECONDS))
     await asyncio.sleep(0)
     gate.set()
     await draining
-    _, error = await to_the_end(stream)
+    _, error = await read_to_end(stream)
     assert reason_of(error) == "SHUTTING_DOWN"

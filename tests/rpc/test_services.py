@@ -20,278 +20,287 @@ from gpudock_server.errors import EngineRejected
 from gpudock_server.model.resource import ResourceKind
 from gpudock_server.rpc import list_requests
 
-from tests.rpc.serving import UUID, Served, create_request, made, reason_of, serve, to_the_end, until
+from tests.rpc.in_memory_server import (
+    UUID,
+    InMemoryServer,
+    create_container,
+    create_request,
+    read_to_end,
+    reason_of,
+    serve,
+    wait_until,
+)
 
 
-async def test_a_stream_shows_the_operation_and_last_its_result(served: Served) -> None:
-    events = [event async for event in served.containers.CreateContainer(create_request())]
+async def test_a_stream_shows_the_operation_and_last_its_result(server: InMemoryServer) -> None:
+    events = [event async for event in server.containers.CreateContainer(create_request())]
     assert events[-2].operation.state == operation_pb2.OPERATION_STATE_SUCCEEDED
     assert events[-1].result.status.state == container_pb2.CONTAINER_STATE_RUNNING
     assert events[-1].result.status.operation_id == ""
-    seen = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
+    seen = await server.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
     assert seen.container == events[-1].result
 
 
-async def test_a_plan_is_one_message_and_changes_nothing(served: Served) -> None:
+async def test_a_plan_is_one_message_and_changes_nothing(server: InMemoryServer) -> None:
     request = create_request(validate_only=True, request_id=UUID)
-    events = [event async for event in served.containers.CreateContainer(request)]
+    events = [event async for event in server.containers.CreateContainer(request)]
     assert [event.operation.state for event in events] == [operation_pb2.OPERATION_STATE_PLANNED]
     assert events[0].operation.plan.stages
-    assert not served.store.container_records
-    assert not served.store.request_records
+    assert not server.store.container_records
+    assert not server.store.request_records
 
 
-async def test_a_commit_whose_files_cannot_be_seen_says_that_its_freeze_is_not_known(served: Served) -> None:
-    await made(served)
+async def test_a_commit_whose_files_cannot_be_seen_says_that_its_freeze_is_not_known(server: InMemoryServer) -> None:
+    await create_container(server)
     request = container_service_pb2.CommitContainerRequest(name="a", repository="team/model", validate_only=True)
-    (event,) = [event async for event in served.containers.CommitContainer(request)]
+    (event,) = [event async for event in server.containers.CommitContainer(request)]
     plan = event.operation.plan
     assert plan.stages[0] == "freeze"
     assert not plan.HasField("expected_freeze")
     assert [line for line in plan.warnings if "frozen while the engine writes the image (duration unknown)" in line]
 
 
-async def test_a_failed_operation_ends_with_its_status_after_a_snapshot_that_is_failed(served: Served) -> None:
-    served.engine.failures["start"] = EngineRejected(call="start a container", status=400, detail="no such file")
-    events, error = await to_the_end(served.containers.CreateContainer(create_request(request_id=UUID)))
+async def test_a_failed_operation_ends_with_its_status_after_a_snapshot_that_is_failed(server: InMemoryServer) -> None:
+    server.engine.failures["start"] = EngineRejected(call="start a container", status=400, detail="no such file")
+    events, error = await read_to_end(server.containers.CreateContainer(create_request(request_id=UUID)))
     assert events[-1].operation.state == operation_pb2.OPERATION_STATE_FAILED
     assert error is not None
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert reason_of(error) == "ENGINE_REJECTED"
     # The same call again has the same outcome, and so has who asks for the operation.
-    operation_id = served.store.request_records[UUID].operation_id
+    operation_id = server.store.request_records[UUID].operation_id
     for call in (
-        served.containers.CreateContainer(create_request(request_id=UUID)),
-        served.watching.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id)),
+        server.containers.CreateContainer(create_request(request_id=UUID)),
+        server.operation_service.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id)),
     ):
-        _, again = await to_the_end(call)
+        _, again = await read_to_end(call)
         assert reason_of(again) == "ENGINE_REJECTED"
 
 
-async def test_another_request_with_the_same_id_is_refused(served: Served) -> None:
-    await made(served, request_id=UUID)
+async def test_another_request_with_the_same_id_is_refused(server: InMemoryServer) -> None:
+    await create_container(server, request_id=UUID)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await made(served, "b", request_id=UUID)
+        await create_container(server, "b", request_id=UUID)
     assert reason_of(caught.value) == "REQUEST_ID_REUSED"
 
 
-async def test_hanging_up_only_stops_watching(served: Served) -> None:
-    gate = served.engine.gates["create"] = asyncio.Event()
-    call = served.containers.CreateContainer(create_request())
+async def test_hanging_up_only_stops_watching(server: InMemoryServer) -> None:
+    gate = server.engine.gates["create"] = asyncio.Event()
+    call = server.containers.CreateContainer(create_request())
     first = await anext(aiter(call))
     call.cancel()
     gate.set()
-    watch = served.watching.WatchOperation(operation_service_pb2.WatchOperationRequest(id=first.operation.id))
+    watch = server.operation_service.WatchOperation(operation_service_pb2.WatchOperationRequest(id=first.operation.id))
     events = [event async for event in watch]
     assert events[-1].result.container.name == "a"
 
 
-async def test_a_watch_tells_what_matches_and_how_it_goes_on(served: Served) -> None:
+async def test_a_watch_tells_what_matches_and_how_it_goes_on(server: InMemoryServer) -> None:
     running = container_service_pb2.ContainerFilter(states=[container_pb2.CONTAINER_STATE_RUNNING])
-    await made(served)
-    call = served.containers.WatchContainers(container_service_pb2.WatchContainersRequest(filter=running))
+    await create_container(server)
+    call = server.containers.WatchContainers(container_service_pb2.WatchContainersRequest(filter=running))
     told = aiter(call)
     assert (await anext(told)).added.name == "a"
     listed = await anext(told)
     assert listed.checkpoint.list_complete
-    await served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
+    await server.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
     while (gone := await anext(told)).WhichOneof("event") == "modified":
         pass
     assert gone.deleted.status.state == container_pb2.CONTAINER_STATE_RUNNING
     call.cancel()
     request = container_service_pb2.WatchContainersRequest(filter=running, resume_token=listed.resume_token)
-    again = aiter(served.containers.WatchContainers(request))
+    again = aiter(server.containers.WatchContainers(request))
     assert not (await anext(again)).checkpoint.list_complete
     while (event := await anext(again)).WhichOneof("event") == "modified":
         pass
     assert event == gone
     request.filter.owner = "alice"
-    _, refused = await to_the_end(served.containers.WatchContainers(request))
+    _, refused = await read_to_end(server.containers.WatchContainers(request))
     assert reason_of(refused) == "INVALID_ARGUMENT"
     request.filter.owner = ""
-    await served.store.forget()
-    _, expired = await to_the_end(served.containers.WatchContainers(request))
+    await server.store.forget()
+    _, expired = await read_to_end(server.containers.WatchContainers(request))
     assert expired is not None
     assert expired.code() is grpc.StatusCode.OUT_OF_RANGE
     assert reason_of(expired) == "RESUME_TOKEN_EXPIRED"
     # What is to come is told until the server stops.
-    served.watches.drain()
-    _, stopped = await to_the_end(again)
+    server.watches.drain()
+    _, stopped = await read_to_end(again)
     assert reason_of(stopped) == "SHUTTING_DOWN"
-    _, stopped = await to_the_end(served.containers.WatchContainers(container_service_pb2.WatchContainersRequest()))
+    _, stopped = await read_to_end(server.containers.WatchContainers(container_service_pb2.WatchContainersRequest()))
     assert reason_of(stopped) == "SHUTTING_DOWN"
 
 
-async def test_changes_only_begins_with_a_checkpoint(served: Served) -> None:
-    await made(served)
+async def test_changes_only_begins_with_a_checkpoint(server: InMemoryServer) -> None:
+    await create_container(server)
     request = container_service_pb2.WatchContainersRequest(changes_only=True)
-    call = served.containers.WatchContainers(request)
+    call = server.containers.WatchContainers(request)
     told = aiter(call)
     first = await anext(told)
     assert first.WhichOneof("event") == "checkpoint"
     assert not first.checkpoint.list_complete
-    await made(served, "b")
+    await create_container(server, "b")
     assert (await anext(told)).added.name == "b"
     call.cancel()
 
 
-async def test_a_mutation_that_waits_goes_on_without_its_caller(served: Served) -> None:
-    await made(served)
-    gate = served.engine.gates["stop"] = asyncio.Event()
-    call = served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
-    await until(lambda: (ResourceKind.CONTAINER, "a") in served.store.locks)
-    busy = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
-    assert busy.container.status.operation_id == served.store.locks[ResourceKind.CONTAINER, "a"]
+async def test_a_mutation_that_waits_goes_on_without_its_caller(server: InMemoryServer) -> None:
+    await create_container(server)
+    gate = server.engine.gates["stop"] = asyncio.Event()
+    call = server.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
+    await wait_until(lambda: (ResourceKind.CONTAINER, "a") in server.store.locks)
+    busy = await server.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
+    assert busy.container.status.operation_id == server.store.locks[ResourceKind.CONTAINER, "a"]
     call.cancel()
     gate.set()
-    await served.operations.wait_until_ended(list(served.operations.active))
-    seen = await served.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
+    await server.operations.wait_until_ended(list(server.operations.active))
+    seen = await server.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
     assert seen.container.status.state == container_pb2.CONTAINER_STATE_STOPPED
 
 
-async def test_a_slow_reader_gets_the_latest(served: Served) -> None:
-    served.engine.has_image = False
-    served.engine.pull_progress = [(n, 20_000) for n in range(20_000)]
-    call = served.containers.CreateContainer(create_request())
+async def test_a_slow_reader_gets_the_latest(server: InMemoryServer) -> None:
+    server.engine.has_image = False
+    server.engine.pull_progress = [(n, 20_000) for n in range(20_000)]
+    call = server.containers.CreateContainer(create_request())
     stream = aiter(call)
     first = await anext(stream)
-    await served.operations.wait_until_ended([first.operation.id])
+    await server.operations.wait_until_ended([first.operation.id])
     # What had been sent when it was slow, and the end: a few of twenty thousand.
     rest = [event async for event in stream]
     assert rest[-1].HasField("result")
     assert len(rest) < 10_000
 
 
-async def test_cancelling_ends_the_stream_with_cancelled(served: Served) -> None:
-    served.engine.gates["create"] = asyncio.Event()
-    call = served.containers.CreateContainer(create_request())
+async def test_cancelling_ends_the_stream_with_cancelled(server: InMemoryServer) -> None:
+    server.engine.gates["create"] = asyncio.Event()
+    call = server.containers.CreateContainer(create_request())
     stream = aiter(call)
     first = await anext(stream)
     request = operation_service_pb2.CancelOperationRequest(id=first.operation.id)
-    answer = await served.watching.CancelOperation(request)
+    answer = await server.operation_service.CancelOperation(request)
     assert answer.operation.cancel_requested
-    _, error = await to_the_end(stream)
+    _, error = await read_to_end(stream)
     assert error is not None
     assert error.code() is grpc.StatusCode.CANCELLED
     assert reason_of(error) == "OPERATION_CANCELLED"
-    assert not served.store.container_records
+    assert not server.store.container_records
 
 
-async def test_the_result_of_a_delete_is_nothing(served: Served) -> None:
-    await made(served)
+async def test_the_result_of_a_delete_is_nothing(server: InMemoryServer) -> None:
+    await create_container(server)
     request = container_service_pb2.DeleteContainerRequest(name="a", force=True, request_id=UUID)
-    await served.containers.DeleteContainer(request)
-    await served.containers.DeleteContainer(request)
-    operation_id = served.store.request_records[UUID].operation_id
-    watch = served.watching.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id))
+    await server.containers.DeleteContainer(request)
+    await server.containers.DeleteContainer(request)
+    operation_id = server.store.request_records[UUID].operation_id
+    watch = server.operation_service.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id))
     events = [event async for event in watch]
     assert events[-1].HasField("result")
     assert not events[-1].result.HasField("container")
 
 
-async def test_pause_unpause_restart_and_scale(served: Served) -> None:
-    await made(served)
-    paused = await served.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="a"))
+async def test_pause_unpause_restart_and_scale(server: InMemoryServer) -> None:
+    await create_container(server)
+    paused = await server.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="a"))
     assert paused.container.status.state == container_pb2.CONTAINER_STATE_PAUSED
-    thawed = await served.containers.UnpauseContainer(container_service_pb2.UnpauseContainerRequest(name="a"))
+    thawed = await server.containers.UnpauseContainer(container_service_pb2.UnpauseContainerRequest(name="a"))
     assert thawed.container.status.state == container_pb2.CONTAINER_STATE_RUNNING
-    restart = served.containers.RestartContainer(container_service_pb2.RestartContainerRequest(name="a"))
+    restart = server.containers.RestartContainer(container_service_pb2.RestartContainerRequest(name="a"))
     assert [event async for event in restart][-1].HasField("result")
     gpus = container_pb2.GpuRequest(count=2)
-    scale = served.containers.ScaleContainer(container_service_pb2.ScaleContainerRequest(name="a", gpus=gpus))
+    scale = server.containers.ScaleContainer(container_service_pb2.ScaleContainerRequest(name="a", gpus=gpus))
     assert len([event async for event in scale][-1].result.status.gpu_uuids) == 2
-    await served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
-    start = served.containers.StartContainer(container_service_pb2.StartContainerRequest(name="a"))
+    await server.containers.StopContainer(container_service_pb2.StopContainerRequest(name="a"))
+    start = server.containers.StartContainer(container_service_pb2.StartContainerRequest(name="a"))
     assert [event async for event in start][-1].result.status.state == container_pb2.CONTAINER_STATE_RUNNING
 
 
-async def list_all(served: Served, **fields: Any) -> list[list[str]]:
+async def list_all(server: InMemoryServer, **fields: Any) -> list[list[str]]:
     """The names on each page."""
     pages: list[list[str]] = []
     request = container_service_pb2.ListContainersRequest(**fields)
     while True:
-        answer = await served.containers.ListContainers(request)
+        answer = await server.containers.ListContainers(request)
         pages.append([found.name for found in answer.containers])
         if not answer.next_page_token:
             return pages
         request.page_token = answer.next_page_token
 
 
-async def test_pages_are_filled_past_what_is_filtered_out(served: Served) -> None:
+async def test_pages_are_filled_past_what_is_filtered_out(server: InMemoryServer) -> None:
     for number in range(6):
-        await made(served, f"c{number}", owner="odd" if number % 2 else "even")
-    assert await list_all(served, page_size=4) == [["c0", "c1", "c2", "c3"], ["c4", "c5"]]
+        await create_container(server, f"c{number}", owner="odd" if number % 2 else "even")
+    assert await list_all(server, page_size=4) == [["c0", "c1", "c2", "c3"], ["c4", "c5"]]
     odd = container_service_pb2.ContainerFilter(owner="odd")
-    assert await list_all(served, page_size=2, filter=odd) == [["c1", "c3"], ["c5"]]
+    assert await list_all(server, page_size=2, filter=odd) == [["c1", "c3"], ["c5"]]
     nobody = container_service_pb2.ContainerFilter(owner="nobody")
-    assert await list_all(served, page_size=1, filter=nobody) == [[]]
+    assert await list_all(server, page_size=1, filter=nobody) == [[]]
 
 
-async def test_filters(served: Served) -> None:
-    await made(served, "a")
+async def test_filters(server: InMemoryServer) -> None:
+    await create_container(server, "a")
     request = create_request("b")
     request.spec.labels["team"] = "x"
-    async for _ in served.containers.CreateContainer(request):
+    async for _ in server.containers.CreateContainer(request):
         pass
-    await served.containers.StopContainer(container_service_pb2.StopContainerRequest(name="b"))
+    await server.containers.StopContainer(container_service_pb2.StopContainerRequest(name="b"))
     running = container_service_pb2.ContainerFilter(states=[container_pb2.CONTAINER_STATE_RUNNING])
-    assert await list_all(served, filter=running) == [["a"]]
+    assert await list_all(server, filter=running) == [["a"]]
     for value, found in (("", ["b"]), ("x", ["b"]), ("y", [])):
         labelled = container_service_pb2.ContainerFilter(labels={"team": value})
-        assert await list_all(served, filter=labelled) == [found]
+        assert await list_all(server, filter=labelled) == [found]
     elsewhere = container_service_pb2.ContainerFilter(node="other")
-    assert await list_all(served, filter=elsewhere) == [[]]
+    assert await list_all(server, filter=elsewhere) == [[]]
     stops = operation_service_pb2.OperationFilter(
         kinds=[operation_pb2.OPERATION_KIND_STOP_CONTAINER], target=operation_pb2.ResourceRef(name="b")
     )
-    answer = await served.watching.ListOperations(operation_service_pb2.ListOperationsRequest(filter=stops))
+    answer = await server.operation_service.ListOperations(operation_service_pb2.ListOperationsRequest(filter=stops))
     assert [found.target.name for found in answer.operations] == ["b"]
 
 
-async def test_a_page_ends_where_a_message_would_become_too_large(served: Served) -> None:
-    large = (await made(served, "a0")).name
-    head = served.store.container_records[large].value
+async def test_a_page_ends_where_a_message_would_become_too_large(server: InMemoryServer) -> None:
+    large = (await create_container(server, "a0")).name
+    head = server.store.container_records[large].value
     for number in range(1, 30):
         name = f"a{number:02}"
         spec = head.spec.changed(env={"A": "x" * 200_000})
-        served.store.put(head.changed(name=name, uid=name, spec=spec))
-    pages = await list_all(served)
+        server.store.put(head.changed(name=name, uid=name, spec=spec))
+    pages = await list_all(server)
     assert sum(map(len, pages)) == 30
     assert len(pages) > 1
 
 
-async def test_cards_and_ports(served: Served) -> None:
+async def test_cards_and_ports(server: InMemoryServer) -> None:
     request = create_request()
     request.spec.gpus.count = 2
     request.spec.ports.add(container_port=80)
-    async for _ in served.containers.CreateContainer(request):
+    async for _ in server.containers.CreateContainer(request):
         pass
-    page = await served.nodes.ListGpus(node_service_pb2.ListGpusRequest(page_size=3))
+    page = await server.nodes.ListGpus(node_service_pb2.ListGpusRequest(page_size=3))
     assert [card.container for card in page.gpus] == ["a", "a", ""]
-    rest = await served.nodes.ListGpus(node_service_pb2.ListGpusRequest(page_token=page.next_page_token))
+    rest = await server.nodes.ListGpus(node_service_pb2.ListGpusRequest(page_token=page.next_page_token))
     assert [card.index for card in rest.gpus] == [3, 4, 5, 6, 7]
     assert rest.next_page_token == ""
     scope = list_requests.gpus(node_service_pb2.ListGpusRequest()).scope
     for forged in ("-1", "9" * 5000, "x"):
         request_of_it = node_service_pb2.ListGpusRequest(page_token=tokens.encode_token(scope, forged))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await served.nodes.ListGpus(request_of_it)
+            await server.nodes.ListGpus(request_of_it)
         assert reason_of(refused.value) == "INVALID_ARGUMENT"
     held = node_service_pb2.GpuFilter(claimed=True, model="a100", container="a")
-    assert len((await served.nodes.ListGpus(node_service_pb2.ListGpusRequest(filter=held))).gpus) == 2
-    ports = await served.nodes.ListPorts(node_service_pb2.ListPortsRequest())
+    assert len((await server.nodes.ListGpus(node_service_pb2.ListGpusRequest(filter=held))).gpus) == 2
+    ports = await server.nodes.ListPorts(node_service_pb2.ListPortsRequest())
     assert [(port.host_port, port.container, port.container_port) for port in ports.ports] == [(20000, "a", 80)]
     assert ports.range.free_tcp_ports == 9
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await served.nodes.GetNode(node_service_pb2.GetNodeRequest(name="other"))
+        await server.nodes.GetNode(node_service_pb2.GetNodeRequest(name="other"))
     assert reason_of(caught.value) == "NODE_NOT_FOUND"
 
 
 async def test_a_host_path_cannot_be_mounted_where_the_engine_is_on_another_host(tmp_path: Path) -> None:
-    async with serve(tmp_path, allowed_host_paths=("/srv",)) as served:
+    async with serve(tmp_path, allowed_host_paths=("/srv",)) as server:
         request = create_request()
         request.spec.mounts.add(host_path="/srv/data", target="/data")
-        _, error = await to_the_end(served.containers.CreateContainer(request))
+        _, error = await read_to_end(server.containers.CreateContainer(request))
         assert reason_of(error) == "HOST_PATH_FAILED"
         assert error is not None
         assert "the engine runs on another host" in (error.details() or "")

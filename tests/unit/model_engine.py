@@ -137,8 +137,8 @@ class ModelEngine(FakeEngine):
         config_of: str = "",
     ) -> str:
         async with self.faults.call("commit"):
-            container = self._there(engine_id, "commit")
-            self._there(config_of or engine_id, "commit")
+            container = self._require(engine_id, "commit")
+            self._require(config_of or engine_id, "commit")
             assert container.state is not EngineState.RUNNING, "its process may write to the files that are committed"
             base, written = self.images[container.image_id], self.layers[self.layer_of[engine_id]]
             image = Image(
@@ -240,7 +240,7 @@ class ModelEngine(FakeEngine):
     async def create(self, engine_spec: EngineContainerSpec) -> str:
         async with self.faults.call("create"):
             operation = engine_spec.labels.get(LABEL_OPERATION)
-            if found := self._named(engine_spec.name, operation, "create a container"):
+            if found := self._find_by_name(engine_spec.name, operation, "create a container"):
                 return found
             image = self.images.get(engine_spec.image_id)
             if image is None:
@@ -295,9 +295,9 @@ class ModelEngine(FakeEngine):
     @override
     async def create_file_holder(self, of: str, name: str, labels: Mapping[str, str]) -> str:
         async with self.faults.call("create_file_holder"):
-            if found := self._named(name, labels.get(LABEL_OPERATION), "create a container"):
+            if found := self._find_by_name(name, labels.get(LABEL_OPERATION), "create a container"):
                 return found
-            source = self._there(of, "create a container")
+            source = self._require(of, "create a container")
             engine_id = f"engine{next(self._numbers)}"
             holder = EngineContainer(
                 id=engine_id,
@@ -327,7 +327,7 @@ class ModelEngine(FakeEngine):
     @override
     async def start(self, engine_id: str) -> None:
         async with self.faults.call("start"):
-            container = self._there(engine_id, "start")
+            container = self._require(engine_id, "start")
             if container.state is EngineState.PAUSED:
                 raise self._rejected("start", "cannot start a paused container, try unpause instead")
             if container.state is EngineState.RUNNING:
@@ -377,7 +377,7 @@ class ModelEngine(FakeEngine):
         restart_policy: RestartPolicy | None = None,
     ) -> None:
         async with self.faults.call("update"):
-            container = self._there(engine_id, "update")
+            container = self._require(engine_id, "update")
             self.containers[engine_id] = replace(
                 container,
                 cpus=cpus,
@@ -389,7 +389,7 @@ class ModelEngine(FakeEngine):
     @override
     async def exited_within(self, engine_id: str, seconds: float) -> int | None:
         async with self.faults.call("exited_within"):
-            container = self._there(engine_id, "wait")
+            container = self._require(engine_id, "wait")
             self.start_watch_seconds.append(seconds)
             return None if container.alive else container.exit_code
 

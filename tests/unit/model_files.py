@@ -14,7 +14,7 @@ from gpudock_server.ports import CommitCost, LayerPair, LayerTooLarge, LayerTran
 from typing_extensions import override
 
 from tests.rpc.fake_layers import FakeLayers, FakeSnapshots, Files
-from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
+from tests.rpc.fake_volumes import FakeCopier, FakePlainVolumes, FakeVolumes
 from tests.unit.faults import Faults
 from tests.unit.model_engine import ModelEngine
 
@@ -290,7 +290,7 @@ class ModelVolumes(FakeVolumes):
             await super().destroy(backing)
 
 
-class ModelPlain(ModelVolumes, FakePlain):
+class ModelPlainVolumes(ModelVolumes, FakePlainVolumes):
     """Volumes without a size, whose calls can fail."""
 
 

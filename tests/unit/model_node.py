@@ -25,7 +25,14 @@ from tests.rpc.fakes import FakeInventory, every_port_is_free
 from tests.unit.failing_store import FailingStore
 from tests.unit.faults import Faults
 from tests.unit.model_engine import IMAGE, ModelEngine
-from tests.unit.model_files import ModelCopier, ModelHostPaths, ModelLayers, ModelPlain, ModelSnapshots, ModelVolumes
+from tests.unit.model_files import (
+    ModelCopier,
+    ModelHostPaths,
+    ModelLayers,
+    ModelPlainVolumes,
+    ModelSnapshots,
+    ModelVolumes,
+)
 
 HOST, NODE = "host1", "gpu1"
 SPEC = ContainerSpec(image=IMAGE, gpus=GpuRequest(count=2), ports=(PortRequest(container_port=80),))
@@ -48,7 +55,7 @@ class ModelNode:
         self.snapshots = ModelSnapshots(self.engine)
         self.host_paths = ModelHostPaths(self.faults)
         self.sized_volumes = ModelVolumes(faults=self.faults, engine=self.engine)
-        self.unsized_volumes = ModelPlain(faults=self.faults, engine=self.engine)
+        self.unsized_volumes = ModelPlainVolumes(faults=self.faults, engine=self.engine)
         self.copier = ModelCopier(self.sized_volumes)
         self.revision_backups = FakeRevisionBackups()
         self.policy = NodePolicy(

@@ -39,7 +39,7 @@ from gpudock_server.model.volume import (
 from gpudock_server.ports import Versioned
 
 from tests.unit.failing_store import node_record
-from tests.unit.model_files import ModelPlain, ModelVolumes
+from tests.unit.model_files import ModelPlainVolumes, ModelVolumes
 from tests.unit.model_node import NODE, SPEC, ModelNode
 from tests.unit.scenario_setups import MIB, SPEC_WITH_DATA, adoptable_engine_volume
 
@@ -166,7 +166,7 @@ async def test_which_backend_a_volume_gets(
         return sized
 
     loop.unavailable_reason = unavailable_reason  # type: ignore[method-assign]  # this call alone differs
-    choice = choose_backend([loop, ModelPlain()], name="data", size_bytes=size_bytes, forced=forced)
+    choice = choose_backend([loop, ModelPlainVolumes()], name="data", size_bytes=size_bytes, forced=forced)
     if isinstance(chosen, VolumeBackendKind):
         assert (await choice).kind is chosen
         return

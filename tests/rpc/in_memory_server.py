@@ -1,4 +1,4 @@
-"""The real server, core behind it, and fakes behind that, on a unix socket; and what tests say to it."""
+"""The RPC server and core with fakes of all ports, on a unix socket, and calls of it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from grpc_status import rpc_status
 from tests.contract import COVERAGE
 from tests.rig.patience import limit
 from tests.rpc.fake_layers import FakeLayers, FakeRevisionBackups, FakeSnapshots
-from tests.rpc.fake_volumes import FakeCopier, FakePlain, FakeVolumes
+from tests.rpc.fake_volumes import FakeCopier, FakePlainVolumes, FakeVolumes
 from tests.rpc.fakes import (
     IMAGE,
     LONG_AGO,
@@ -45,8 +45,8 @@ from tests.rpc.fakes import (
 from tests.rpc.memory_store import MemoryStore
 
 UUID = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
-# Seconds for what is to happen at once.
-SOON = 5.0
+# Limits waits that need no time at all, so that a test that would hang fails.
+TIMEOUT_SECONDS = 5.0
 
 NODE = "gpu1"
 HOST = "host1"
@@ -54,8 +54,8 @@ PORTS = (20000, 20009)
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """A server that runs, its parts, and stubs that call it."""
+class InMemoryServer:
+    """A running server, its parts, and stubs that call it."""
 
     store: MemoryStore
     engine: FakeEngine
@@ -64,12 +64,12 @@ class Served:
     execs: ExecSessions
     watches: Watches
     drift: DriftTracker
-    server: RpcServer
+    rpc_server: RpcServer
     channel: grpc.aio.Channel
     containers: ContainerServiceStub
     volumes: VolumeServiceStub
     nodes: NodeServiceStub
-    watching: OperationServiceStub
+    operation_service: OperationServiceStub
 
 
 @asynccontextmanager
@@ -79,10 +79,10 @@ async def serve(
     copier: FakeCopier | None = None,
     snapshots: FakeSnapshots | None = None,
     allowed_host_paths: tuple[str, ...] = (),
-) -> AsyncIterator[Served]:
-    """Serve on a socket in `folder`, with these volumes, copier and snapshots; nothing of it is left afterwards.
+) -> AsyncIterator[InMemoryServer]:
+    """Serve on a socket in `folder`, with these volumes, copier and snapshots; stop everything on exit.
 
-    Host paths can be allowed but not mounted: the engine is not on this host.
+    Host paths can be allowed but not mounted, since the engine is on another host.
     """
     store, engine, inventory, processes = MemoryStore(), FakeEngine(), FakeInventory(), FakeProcesses()
     core = NodeCore(
@@ -93,7 +93,7 @@ async def serve(
             snapshots=snapshots or FakeSnapshots(),
             revision_backups=FakeRevisionBackups(),
             host_paths=HostPathBinder(folder, allowed=allowed_host_paths, namespace=None),
-            backends=[volumes or FakeVolumes(), FakePlain()],
+            backends=[volumes or FakeVolumes(), FakePlainVolumes()],
             copier=copier or FakeCopier(),
         ),
         NodePolicy(node=NODE, host=HOST, stop_seconds=10, settle_seconds=0, pool_path="/volumes"),
@@ -129,7 +129,7 @@ async def serve(
     await server.grpc.start()
     try:
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Served(
+            yield InMemoryServer(
                 store=store,
                 engine=engine,
                 processes=processes,
@@ -137,12 +137,12 @@ async def serve(
                 execs=execs,
                 watches=watches,
                 drift=drift,
-                server=server,
+                rpc_server=server,
                 channel=channel,
                 containers=ContainerServiceStub(channel),
                 volumes=VolumeServiceStub(channel),
                 nodes=NodeServiceStub(channel),
-                watching=OperationServiceStub(channel),
+                operation_service=OperationServiceStub(channel),
             )
     finally:
         await server.grpc.stop(0)
@@ -151,34 +151,34 @@ async def serve(
 
 
 def create_request(name: str = "a", **fields: Any) -> container_service_pb2.CreateContainerRequest:
-    """A request that the fake engine can do."""
+    """Return a request that succeeds on the fake engine."""
     return container_service_pb2.CreateContainerRequest(
         name=name, spec=container_pb2.ContainerSpec(image=IMAGE), **fields
     )
 
 
-async def made(served: Served, name: str = "a", **fields: Any) -> container_pb2.Container:
-    """Create a container to the end."""
-    events = [event async for event in served.containers.CreateContainer(create_request(name, **fields))]
+async def create_container(server: InMemoryServer, name: str = "a", **fields: Any) -> container_pb2.Container:
+    """Create a container; return it."""
+    events = [event async for event in server.containers.CreateContainer(create_request(name, **fields))]
     assert all(event.HasField("operation") for event in events[:-1])
     return events[-1].result
 
 
-async def to_the_end(stream: Any) -> tuple[list[Any], grpc.aio.AioRpcError | None]:
-    """What a stream still gives, and the error that it ends with."""
+async def read_to_end(stream: Any) -> tuple[list[Any], grpc.aio.AioRpcError | None]:
+    """Return the rest of a stream, and the error with which it ends."""
     events: list[Any] = []
     try:
         async for event in stream:
-            events.append(event)  # noqa: PERF401 - those before the error count
+            events.append(event)  # noqa: PERF401 - the events before an error are returned too
     except grpc.aio.AioRpcError as error:
         return events, error
     return events, None
 
 
 def reason_of(error: grpc.aio.AioRpcError | None) -> str:
-    """ErrorInfo's reason."""
+    """Return the reason in ErrorInfo."""
     assert error is not None
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # its stubs know no asyncio
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # the type stubs lack asyncio calls
     info = error_details_pb2.ErrorInfo()
     assert status is not None
     assert status.details[0].Unpack(info)
@@ -186,8 +186,8 @@ def reason_of(error: grpc.aio.AioRpcError | None) -> str:
     return str(info.reason)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Give the server its turn until it has done something that nobody is told of."""
-    async with asyncio.timeout(limit(SOON)):
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Let the server run until a condition holds that no call reports."""
+    async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
         while not condition():
             await asyncio.sleep(0)
