@@ -5,9 +5,13 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.install.wheelhouse import BASE_PYTHON, environment
 from tests.rig.patience import limit
 from tests.rig.rig import REPOSITORY
+
+pytestmark = pytest.mark.deep
 
 _DEADLINE_S = 300.0
 _CLIENT = """
@@ -15,7 +19,6 @@ import importlib.util
 import gpudock
 from gpudock.v1 import container_service_pb2_grpc
 
-pytestmark = pytest.mark.deep
 assert container_service_pb2_grpc.ContainerServiceStub
 assert importlib.util.find_spec("aiodocker") is None
 """
