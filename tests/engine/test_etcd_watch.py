@@ -19,6 +19,7 @@ from gpudock_server.model.store_changes import (
 from gpudock_server.ports import ContainerView, StoreEvent
 
 from tests.contracts.store_examples import Reader, put, watching
+from tests.engine.conditions import until_true
 from tests.engine.etcd_examples import container, open_connection
 from tests.rig import Rig, freeze
 from tests.rig.patience import limit
@@ -210,8 +211,7 @@ async def test_closing_a_watch_ends_its_tasks(store: EtcdStore, rig: Rig) -> Non
                 await asyncio.sleep(0.01)
                 following.cancel()
                 await asyncio.wait({following})
-        await asyncio.sleep(0.1)
-        assert len(asyncio.all_tasks()) <= before + 2
+        await until_true(lambda: len(asyncio.all_tasks()) <= before + 2, "the tasks of closed watches have ended")
 
 
 def test_a_watch_spans_containers_locks_and_its_idle_key() -> None:

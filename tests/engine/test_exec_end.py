@@ -61,13 +61,13 @@ async def test_the_deadline_of_a_call_ends_the_process(exec_caller: Caller) -> N
 
 async def test_a_timeout_sends_sigterm_first(exec_caller: Caller) -> None:
     script = "trap 'echo bye; exit 5' TERM; while :; do usleep 10000; done"
-    result = await exec_caller.run(BOX, *shell(script), timeout=duration(0.5))
+    result = await exec_caller.run(BOX, *shell(script), timeout=duration(limit(1)))
     assert (result.stdout, result.code, result.timed_out) == (b"bye\n", 5, True)
 
 
 async def test_a_timeout_kills_a_process_that_ignores_sigterm(exec_caller: Caller) -> None:
     script = "trap '' TERM; while :; do usleep 10000; done"
-    result = await exec_caller.run(BOX, *shell(script), timeout=duration(0.5))
+    result = await exec_caller.run(BOX, *shell(script), timeout=duration(limit(1)))
     assert (result.signal, result.timed_out) == ("SIGKILL", True)
 
 
