@@ -1,4 +1,4 @@
-"""What callers without an identity may take of the server: little memory, and nobody else's service."""
+"""Callers without an identity use little memory and do not affect other callers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @asynccontextmanager
 async def health_at(settings: Settings, health: HealthService) -> AsyncIterator[tuple[str, ...]]:
-    """A server of `health`, behind the interceptors of the daemon; its addresses, the unix socket first."""
+    """Serve `health` behind the interceptors of the daemon; yield its addresses, the unix socket first."""
     assert settings.token_file is not None
     server = grpc.aio.server(interceptors=interceptors(TokenFile(settings.token_file)))
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -53,8 +53,8 @@ async def health_at(settings: Settings, health: HealthService) -> AsyncIterator[
         listeners.close()
 
 
-async def opened(watch: Any) -> str:
-    """What the first answer of a watch is, or the reason of its end."""
+async def first_answer(watch: Any) -> str:
+    """Return the first status of a watch, or the reason of its error."""
     try:
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name((await watch.read()).status))
     except grpc.aio.AioRpcError as error:
@@ -67,47 +67,50 @@ async def test_watches_without_an_identity_are_limited_and_others_are_not(settin
         grpc.aio.insecure_channel(tcp) as channel,
         grpc.aio.insecure_channel(unix) as local,
     ):
-        stranger, known = health_pb2_grpc.HealthStub(channel), health_pb2_grpc.HealthStub(local)
+        anonymous, identified = health_pb2_grpc.HealthStub(channel), health_pb2_grpc.HealthStub(local)
         request = health_pb2.HealthCheckRequest()
-        watches = [stranger.Watch(request) for _ in range(500)]
-        ends = Counter(await asyncio.gather(*map(opened, watches)))
+        watches = [anonymous.Watch(request) for _ in range(500)]
+        ends = Counter(await asyncio.gather(*map(first_answer, watches)))
         assert ends == {"SERVING": MAX_ANONYMOUS_WATCHES, "HEALTH_WATCH_LIMIT": 500 - MAX_ANONYMOUS_WATCHES}
-        # Nobody else pays for it.
-        assert (await stranger.Check(request)).status == SERVING
-        assert await opened(stranger.Watch(request, metadata=BEARER)) == "SERVING"
-        assert await opened(known.Watch(request)) == "SERVING"
+        # Other callers are served.
+        assert (await anonymous.Check(request)).status == SERVING
+        assert await first_answer(anonymous.Watch(request, metadata=BEARER)) == "SERVING"
+        assert await first_answer(identified.Watch(request)) == "SERVING"
         for watch in watches:
             watch.cancel()
-        while await opened(stranger.Watch(request)) != "SERVING":
+        while await first_answer(anonymous.Watch(request)) != "SERVING":
             await asyncio.sleep(0.02)
 
 
-async def test_a_service_is_not_watched_under_a_name_of_any_length(settings: Settings) -> None:
+async def test_the_name_of_a_watched_service_is_limited_in_length(settings: Settings) -> None:
     async with health_at(settings, HealthService()) as (_unix, tcp), grpc.aio.insecure_channel(tcp) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        assert await opened(stub.Watch(health_pb2.HealthCheckRequest(service="x" * 256))) == "SERVICE_UNKNOWN"
+        assert await first_answer(stub.Watch(health_pb2.HealthCheckRequest(service="x" * 256))) == "SERVICE_UNKNOWN"
         for length in (257, 1 << 20):
-            assert await opened(stub.Watch(health_pb2.HealthCheckRequest(service="x" * length))) == "INVALID_ARGUMENT"
+            assert (
+                await first_answer(stub.Watch(health_pb2.HealthCheckRequest(service="x" * length)))
+                == "INVALID_ARGUMENT"
+            )
 
 
-async def test_a_watcher_that_stops_reading_holds_up_nobody() -> None:
-    class Deaf:
+async def test_a_watch_whose_caller_does_not_read_does_not_delay_others() -> None:
+    class BlockedContext:
         async def write(self, _answer: object) -> None:
             await asyncio.Event().wait()
 
-    class Hearing:
+    class RecordingContext:
         def __init__(self) -> None:
-            self.heard: asyncio.Queue[int] = asyncio.Queue()
+            self.statuses: asyncio.Queue[int] = asyncio.Queue()
 
         async def write(self, answer: Any) -> None:
-            await self.heard.put(answer.status)
+            await self.statuses.put(answer.status)
 
-    health, hearing = HealthService(), Hearing()
+    health, recording = HealthService(), RecordingContext()
     request = health_pb2.HealthCheckRequest()
-    watches = [asyncio.create_task(health.Watch(request, context)) for context in (Deaf(), hearing)]  # type: ignore[arg-type]  # all that it uses
-    assert await hearing.heard.get() == SERVING
+    watches = [asyncio.create_task(health.Watch(request, context)) for context in (BlockedContext(), recording)]  # type: ignore[arg-type]  # the only method that Watch uses
+    assert await recording.statuses.get() == SERVING
     health.set("", NOT_SERVING)
-    assert await asyncio.wait_for(hearing.heard.get(), limit(10)) == NOT_SERVING
+    assert await asyncio.wait_for(recording.statuses.get(), limit(10)) == NOT_SERVING
     for watch in watches:
         watch.cancel()
     await asyncio.gather(*watches, return_exceptions=True)
@@ -116,17 +119,19 @@ async def test_a_watcher_that_stops_reading_holds_up_nobody() -> None:
 @pytest.mark.parametrize(("kind", "make"), [("OneToOne", "stream_unary"), ("OneToMany", "stream_stream")])
 async def test_a_call_is_refused_before_its_request_is_read(settings: Settings, kind: str, make: str) -> None:
     async with serve_probe(Probe(), settings) as (_unix, tcp), grpc.aio.insecure_channel(tcp) as channel:
-        # As a stream, whose client may send its headers and then nothing.
+        # As a client stream, which can send headers without a request.
         method = getattr(channel, make)(
             f"/gpudock.probe.Probe/{kind}",
             request_serializer=Message.SerializeToString,
             response_deserializer=Message.FromString,
         )
-        call = method(timeout=20)
+        call = method(timeout=limit(20))
         assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_a_request_of_nobody_is_not_waited_for(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_server_does_not_wait_for_requests_of_anonymous_callers(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(identity, "_ANONYMOUS_READ_SECONDS", 0.2)
     async with health_at(settings, HealthService()) as (_unix, tcp), grpc.aio.insecure_channel(tcp) as channel:
         check: Any = channel.stream_unary(
@@ -134,9 +139,9 @@ async def test_a_request_of_nobody_is_not_waited_for(settings: Settings, monkeyp
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
-        silent = [check(timeout=20) for _ in range(identity._ANONYMOUS_READS + 1)]
+        silent = [check(timeout=limit(20)) for _ in range(identity._ANONYMOUS_READS + 1)]
         assert {await call.code() for call in silent} == {grpc.StatusCode.DEADLINE_EXCEEDED}
-        # By the server, and not by the deadline of these calls.
+        # The server ended them, and not the deadlines of these calls.
         assert {await call.details() for call in silent} == {"no request received within 0.2 s"}
         answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=limit(20))
         assert answer.status == SERVING

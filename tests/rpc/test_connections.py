@@ -1,4 +1,4 @@
-"""How much goes on in one connection, and how long one lasts."""
+"""Limits of connections: concurrent calls, age and idle time."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tests.rpc.probe import SERVICE, Message, Probe, begin, call
 
 TOKEN = "0123456789abcdef0123456789abcdef"  # noqa: S105 - an example
 BEARER = (("authorization", f"Bearer {TOKEN}"),)
-_CALLS_AT_ONCE = 1024
+_MAX_CALLS = 1024
 
 
 @asynccontextmanager
-async def probing(tmp_path: Path, probe: Probe, **seconds: float) -> AsyncIterator[str]:
-    """A server with the daemon's options for connections; its TCP address."""
+async def serve_with_limits(tmp_path: Path, probe: Probe, **seconds: float) -> AsyncIterator[str]:
+    """Serve the probe with the connection options of the daemon; yield its TCP address."""
     tokens = tmp_path / "tokens"
     tokens.write_text(f"ci:{TOKEN}\n")
     tokens.chmod(0o600)
@@ -43,46 +43,50 @@ async def probing(tmp_path: Path, probe: Probe, **seconds: float) -> AsyncIterat
         listeners.close()
 
 
-def connection(address: str) -> grpc.aio.Channel:
+def open_channel(address: str) -> grpc.aio.Channel:
     """A channel with a connection of its own."""
     return grpc.aio.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),))
 
 
-async def test_a_connection_has_a_limit_of_calls_at_once(tmp_path: Path) -> None:
-    begun: set[int] = set()
+async def test_the_concurrent_calls_of_a_connection_are_limited(tmp_path: Path) -> None:
+    started: set[int] = set()
     release = asyncio.Event()
 
     async def wait(context: Context) -> None:
         metadata = dict(context.invocation_metadata() or ())
         if "number" in metadata:
-            begun.add(int(metadata["number"]))
+            started.add(int(metadata["number"]))
             await release.wait()
 
-    async with probing(tmp_path, Probe(wait)) as address, connection(address) as one, connection(address) as other:
-        # By the first call a client learns the limit, and waits from then on; before, the server refuses the surplus.
-        await call(one, "OneToOne", metadata=BEARER)
+    async with (
+        serve_with_limits(tmp_path, Probe(wait)) as address,
+        open_channel(address) as channel,
+        open_channel(address) as other,
+    ):
+        # The first call tells the client the limit, so that it waits; otherwise the server would refuse excess calls.
+        await call(channel, "OneToOne", metadata=BEARER)
         calls = [
-            _one(one, timeout=limit(120), metadata=(*BEARER, ("number", str(number))))
-            for number in range(_CALLS_AT_ONCE + 50)
+            _call(channel, timeout=limit(120), metadata=(*BEARER, ("number", str(number))))
+            for number in range(_MAX_CALLS + 50)
         ]
         async with asyncio.timeout(limit(60)):
-            while len(begun) < _CALLS_AT_ONCE:
+            while len(started) < _MAX_CALLS:
                 await asyncio.sleep(0.01)
-        # A call of another connection is answered, one of this connection is not even begun.
+        # A call on another connection is served; another call on this connection does not begin.
         await call(other, "OneToOne", metadata=BEARER)
         with pytest.raises(grpc.aio.AioRpcError) as late:
-            await _one(one, timeout=2, metadata=BEARER)
+            await _call(channel, timeout=2, metadata=BEARER)
         assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert len(begun) == _CALLS_AT_ONCE
-        # A client does not begin its calls in the order in which they were made.
-        first = sorted(begun)
+        assert len(started) == _MAX_CALLS
+        # A client does not begin its calls in order.
+        first = sorted(started)
         release.set()
-        # Of the surplus some may be refused, where all begin in the moment that the others end.
+        # Some of the excess calls can be refused, since all begin when the first ones end.
         ended = await asyncio.gather(*calls, return_exceptions=True)
-        assert [ended[number] for number in first] == [Message(name="train")] * _CALLS_AT_ONCE
+        assert [ended[number] for number in first] == [Message(name="train")] * _MAX_CALLS
 
 
-def _one(channel: grpc.aio.Channel, timeout: float, metadata: Any) -> Any:
+def _call(channel: grpc.aio.Channel, timeout: float, metadata: Any) -> Any:
     method: Any = channel.unary_unary(
         f"/{SERVICE}/OneToOne",
         request_serializer=Message.SerializeToString,
@@ -91,20 +95,23 @@ def _one(channel: grpc.aio.Channel, timeout: float, metadata: Any) -> Any:
     return method(Message(name="train"), timeout=timeout, metadata=metadata)
 
 
-async def test_an_old_connection_is_replaced_and_what_runs_in_it_goes_on(tmp_path: Path) -> None:
+async def test_an_old_connection_is_replaced_and_its_calls_continue(tmp_path: Path) -> None:
     peers: list[str] = []
     release = asyncio.Event()
 
-    async def note(context: Context) -> None:
+    async def record_peer(context: Context) -> None:
         peers.append(context.peer())
         if ("slow", "yes") in (context.invocation_metadata() or ()):
             await release.wait()
 
-    async with probing(tmp_path, Probe(note), age_seconds=0.3) as address, connection(address) as channel:
+    async with (
+        serve_with_limits(tmp_path, Probe(record_peer), age_seconds=0.3) as address,
+        open_channel(address) as channel,
+    ):
         slow = begin(channel, "OneToMany", metadata=(*BEARER, ("slow", "yes")))
         assert await slow.read() == Message(name="train")
         async with asyncio.timeout(limit(15)):
-            # Another port of the caller is another connection.
+            # Each connection has another port of the client.
             while len(set(peers)) < 3:
                 await call(channel, "OneToOne", metadata=BEARER)
                 await asyncio.sleep(0.02)
@@ -113,11 +120,11 @@ async def test_an_old_connection_is_replaced_and_what_runs_in_it_goes_on(tmp_pat
         assert await slow.code() is grpc.StatusCode.OK
 
 
-async def test_a_connection_without_a_call_is_closed(tmp_path: Path) -> None:
-    async with probing(tmp_path, Probe(), idle_seconds=0.3) as address, connection(address) as channel:
+async def test_an_idle_connection_is_closed(tmp_path: Path) -> None:
+    async with serve_with_limits(tmp_path, Probe(), idle_seconds=0.3) as address, open_channel(address) as channel:
         await call(channel, "OneToOne", metadata=BEARER)
         async with asyncio.timeout(limit(15)):
             while (state := channel.get_state()) is grpc.ChannelConnectivity.READY:
                 await channel.wait_for_state_change(state)
-        # And made again by the next call.
+        # The next call opens it again.
         await call(channel, "OneToOne", metadata=BEARER)

@@ -1,4 +1,4 @@
-"""Who may call by TCP: tokens and certificates, and nobody else."""
+"""Authentication of TCP callers: tokens and certificates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BEARER = (("authorization", f"Bearer {TOKEN}"),)
 @pytest.fixture
 def token_file(tmp_path: Path) -> Path:
     path = tmp_path / "tokens"
-    path.write_text(f"# who calls\n\nci:{TOKEN}\n")
+    path.write_text(f"# callers\n\nci:{TOKEN}\n")
     path.chmod(0o600)
     return path
 
@@ -44,19 +44,19 @@ def server_certificate(authority: Authority) -> Signed:
     return authority.sign("server", "IP:127.0.0.1")
 
 
-class Callers(Probe):
-    """Keeps who called."""
+class CallerProbe(Probe):
+    """A probe that records its callers."""
 
     def __init__(self) -> None:
-        super().__init__(self._look)
-        self.seen: list[Caller] = []
+        super().__init__(self._record_caller)
+        self.callers: list[Caller] = []
 
-    async def _look(self, _context: Context) -> None:
-        self.seen.append(caller())
+    async def _record_caller(self, _context: Context) -> None:
+        self.callers.append(caller())
 
 
 @asynccontextmanager
-async def reached(
+async def connected(
     probe: Probe, settings: Settings, credentials: grpc.ChannelCredentials | None = None
 ) -> AsyncIterator[grpc.aio.Channel]:
     async with serve_probe(probe, settings) as (address,):
@@ -69,41 +69,41 @@ def on_loopback(token_file: Path) -> Settings:
     return Settings(socket=None, listen=("127.0.0.1:0",), token_file=token_file)
 
 
-async def refused(channel: grpc.aio.Channel, kind: str = "OneToOne", header: str | None = None) -> str:
+async def authentication_error(channel: grpc.aio.Channel, kind: str = "OneToOne", header: str | None = None) -> str:
     metadata = (("authorization", header),) if header is not None else ()
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        # A grpc.aio client that still writes when the answer comes may lose it (grpc issue 36066): this one does not.
+        # Without requests: a grpc.aio client can lose a response that arrives while it writes (grpc issue 36066).
         await call(channel, kind, metadata=metadata, requests=())
     assert (raised.value.code(), reason_of(raised.value)) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
     return raised.value.details() or ""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_token_names_its_caller_and_nobody_comes_in_without(token_file: Path, kind: str) -> None:
-    probe = Callers()
-    async with reached(probe, on_loopback(token_file)) as channel:
+async def test_a_token_identifies_its_caller_and_is_required(token_file: Path, kind: str) -> None:
+    probe = CallerProbe()
+    async with connected(probe, on_loopback(token_file)) as channel:
         await call(channel, kind, metadata=BEARER)
-        assert probe.seen == [Caller(CallerKind.TOKEN, "ci")]
-        assert "the scheme `Bearer` and a token" in await refused(channel, kind)
+        assert probe.callers == [Caller(CallerKind.TOKEN, "ci")]
+        assert "the scheme `Bearer` and a token" in await authentication_error(channel, kind)
         for header in (f"Bearer {OTHER}", "Bearer", "Bearer ", "Basic Y2k6Y2k=", TOKEN, f"Bearer {TOKEN[:-1]}", ""):
-            answer = await refused(channel, kind, header)
+            answer = await authentication_error(channel, kind, header)
             assert OTHER not in answer
             assert TOKEN[:-1] not in answer
-    assert len(probe.seen) == 1
+    assert len(probe.callers) == 1
 
 
-async def test_health_needs_no_identity_and_nothing_else_goes_without(token_file: Path) -> None:
-    probe = Callers()
-    async with reached(probe, on_loopback(token_file)) as channel:
+async def test_only_health_is_served_without_an_identity(token_file: Path) -> None:
+    probe = CallerProbe()
+    async with connected(probe, on_loopback(token_file)) as channel:
         await call(channel, "OneToOne", service="grpc.health.v1.Health")
-        assert probe.seen == [Caller(CallerKind.ANONYMOUS)]
-        await refused(channel)
+        assert probe.callers == [Caller(CallerKind.ANONYMOUS)]
+        await authentication_error(channel)
 
 
 async def test_a_refused_call_is_audited_and_no_token_is_logged(token_file: Path) -> None:
-    async with reached(Callers(), on_loopback(token_file)) as channel:
+    async with connected(CallerProbe(), on_loopback(token_file)) as channel:
         with capture_logs() as logged:
-            await refused(channel, header=f"Bearer {OTHER}")
+            await authentication_error(channel, header=f"Bearer {OTHER}")
             await call(channel, "OneToOne", metadata=BEARER)
     lines = [(line["caller_kind"], line["caller"], line["outcome"]) for line in logged if line["event"] == "call"]
     assert lines == [("nobody", "", "UNAUTHENTICATED"), ("token", "ci", "OK")]
@@ -112,33 +112,33 @@ async def test_a_refused_call_is_audited_and_no_token_is_logged(token_file: Path
 
 
 def rewrite(path: Path, text: str, later: int) -> None:
-    """With a time of its own: two writes within a tick of the clock, and of one length, would look alike."""
+    """Write a file with an mtime `later` seconds later, since two writes within a clock tick have the same mtime."""
     found = path.stat()
     path.write_text(text)
     os.utime(path, (found.st_atime, found.st_mtime + later))
 
 
 async def test_tokens_are_read_again_when_their_file_changes(token_file: Path) -> None:
-    async with reached(Callers(), on_loopback(token_file)) as channel:
+    async with connected(CallerProbe(), on_loopback(token_file)) as channel:
         rewrite(token_file, f"ci:{OTHER}\nops:{TOKEN[::-1]}\n", later=1)
-        await refused(channel, header=f"Bearer {TOKEN}")
+        await authentication_error(channel, header=f"Bearer {TOKEN}")
         await call(channel, "OneToOne", metadata=(("authorization", f"bearer {OTHER}"),))
-        # A slip costs its own line, not what was taken out, and not the others.
+        # An invalid line is ignored; removed tokens are still removed, and other lines still count.
         rewrite(token_file, f"ci:{TOKEN}\nops {OTHER}\n", later=2)
         with capture_logs() as logged:
             await call(channel, "OneToOne", metadata=BEARER)
-            await refused(channel, header=f"Bearer {OTHER}")
+            await authentication_error(channel, header=f"Bearer {OTHER}")
         assert [line["mistakes"] for line in logged if "mistakes" in line] == [["line 2: must be NAME:TOKEN"]]
         rewrite(token_file, "", later=3)
-        await refused(channel, header=f"Bearer {TOKEN}")
+        await authentication_error(channel, header=f"Bearer {TOKEN}")
 
 
-def test_a_token_file_that_goes_away_takes_its_tokens_along(token_file: Path) -> None:
+def test_tokens_of_a_removed_file_are_invalid(token_file: Path) -> None:
     tokens = TokenFile(token_file)
     assert tokens.name_of(TOKEN) == "ci"
-    gone = token_file.rename(token_file.with_name("gone"))
+    moved = token_file.rename(token_file.with_name("moved"))
     assert tokens.name_of(TOKEN) is None
-    gone.rename(token_file)
+    moved.rename(token_file)
     assert tokens.name_of(TOKEN) == "ci"
 
 
@@ -165,7 +165,7 @@ def test_a_bad_token_file_is_refused_at_start(tmp_path: Path, text: str, mode: i
 def test_a_token_file_of_another_user_or_group_is_refused_at_start(token_file: Path) -> None:
     token_file.chmod(0o640)
     os.chown(token_file, 0, 0)
-    assert TokenFile(token_file).name_of(TOKEN) == "ci", "root's own group is let in"
+    assert TokenFile(token_file).name_of(TOKEN) == "ci", "group root was refused"
     os.chown(token_file, 0, 12345)
     with pytest.raises(StartupError, match=r"is accessible to group 12345 \(mode 0640\)\n.*chmod 600"):
         TokenFile(token_file)
@@ -175,7 +175,7 @@ def test_a_token_file_of_another_user_or_group_is_refused_at_start(token_file: P
         TokenFile(token_file)
 
 
-def test_a_file_that_others_may_read_adds_no_token_and_still_takes_some_away(token_file: Path) -> None:
+def test_a_file_readable_by_others_adds_no_tokens_and_still_removes_some(token_file: Path) -> None:
     added = "a" * 32
     token_file.write_text(f"ci:{TOKEN}\nops:{OTHER}\n")
     tokens = TokenFile(token_file)
@@ -184,8 +184,8 @@ def test_a_file_that_others_may_read_adds_no_token_and_still_takes_some_away(tok
     with capture_logs() as logged:
         assert [tokens.name_of(token) for token in (TOKEN, OTHER, added)] == ["ci", None, None]
         assert tokens.name_of(TOKEN) == "ci"
-    (complaint,) = [line for line in logged if line["log_level"] == "error"]
-    assert f"chmod 600 {token_file}" in complaint["mistakes"][0]
+    (line,) = [line for line in logged if line["log_level"] == "error"]
+    assert f"chmod 600 {token_file}" in line["mistakes"][0]
     # The mode alone counts as a change.
     token_file.chmod(0o600)
     assert [tokens.name_of(token) for token in (TOKEN, OTHER, added)] == ["ci", None, "added"]
@@ -195,7 +195,7 @@ def test_a_file_that_others_may_read_adds_no_token_and_still_takes_some_away(tok
 
 
 @pytest.mark.timeout(20)
-def test_nothing_waits_for_a_token_file_that_is_a_fifo(token_file: Path) -> None:
+def test_a_token_file_that_is_a_fifo_is_refused_without_waiting(token_file: Path) -> None:
     token_file.write_text(f"ci:{TOKEN}\n")
     tokens = TokenFile(token_file)
     token_file.unlink()
@@ -207,7 +207,7 @@ def test_nothing_waits_for_a_token_file_that_is_a_fifo(token_file: Path) -> None
         TokenFile(token_file)
 
 
-def test_a_token_file_without_end_is_refused(token_file: Path) -> None:
+def test_a_token_file_that_is_too_large_is_refused(token_file: Path) -> None:
     token_file.write_text("#" * (1 << 20) + "\n")
     with pytest.raises(StartupError, match="larger than"):
         TokenFile(token_file)
@@ -218,7 +218,9 @@ def test_a_missing_token_file_is_refused_at_start(tmp_path: Path) -> None:
         TokenFile(tmp_path / "missing")
 
 
-async def test_a_verified_client_certificate_names_its_caller(authority: Authority, server_certificate: Signed) -> None:
+async def test_a_verified_client_certificate_identifies_its_caller(
+    authority: Authority, server_certificate: Signed
+) -> None:
     settings = Settings(
         socket=None,
         listen=("127.0.0.1:0",),
@@ -228,17 +230,17 @@ async def test_a_verified_client_certificate_names_its_caller(authority: Authori
     )
     client = authority.sign("alice")
     trusted = authority.own.certificate.read_bytes()
-    probe = Callers()
+    probe = CallerProbe()
     credentials = grpc.ssl_channel_credentials(trusted, client.key.read_bytes(), client.certificate.read_bytes())
-    async with reached(probe, settings, credentials) as channel:
+    async with connected(probe, settings, credentials) as channel:
         await call(channel, "OneToOne")
-        assert probe.seen == [Caller(CallerKind.CERTIFICATE, "alice")]
-        assert probe.seen[0].log_fields() == {"caller_kind": "certificate", "caller": "alice"}
-        # Who sends a token means it: a wrong one is not made good by the certificate.
-        await refused(channel, header=f"Bearer {TOKEN}")
+        assert probe.callers == [Caller(CallerKind.CERTIFICATE, "alice")]
+        assert probe.callers[0].log_fields() == {"caller_kind": "certificate", "caller": "alice"}
+        # A wrong token is refused even with a valid certificate.
+        await authentication_error(channel, header=f"Bearer {TOKEN}")
 
 
-async def test_a_certificate_of_another_authority_does_not_connect(
+async def test_a_certificate_of_another_authority_is_refused(
     tmp_path: Path, authority: Authority, server_certificate: Signed
 ) -> None:
     settings = Settings(
@@ -248,21 +250,21 @@ async def test_a_certificate_of_another_authority_does_not_connect(
         tls_key=server_certificate.key,
         tls_client_ca=authority.own.certificate,
     )
-    stranger = Authority(tmp_path, "stranger").sign("alice")
+    other_client = Authority(tmp_path, "other_client").sign("alice")
     trusted = authority.own.certificate.read_bytes()
-    probe = Callers()
+    probe = CallerProbe()
     for credentials in (
         grpc.ssl_channel_credentials(trusted),
-        grpc.ssl_channel_credentials(trusted, stranger.key.read_bytes(), stranger.certificate.read_bytes()),
+        grpc.ssl_channel_credentials(trusted, other_client.key.read_bytes(), other_client.certificate.read_bytes()),
     ):
-        async with reached(probe, settings, credentials) as channel:
+        async with connected(probe, settings, credentials) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await call(channel, "OneToOne")
             assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert probe.seen == []
+    assert probe.callers == []
 
 
-async def test_a_token_over_tls(token_file: Path, authority: Authority, server_certificate: Signed) -> None:
+async def test_a_token_is_accepted_over_tls(token_file: Path, authority: Authority, server_certificate: Signed) -> None:
     settings = Settings(
         socket=None,
         listen=("127.0.0.1:0",),
@@ -270,9 +272,9 @@ async def test_a_token_over_tls(token_file: Path, authority: Authority, server_c
         tls_key=server_certificate.key,
         token_file=token_file,
     )
-    probe = Callers()
+    probe = CallerProbe()
     credentials = grpc.ssl_channel_credentials(authority.own.certificate.read_bytes())
-    async with reached(probe, settings, credentials) as channel:
+    async with connected(probe, settings, credentials) as channel:
         await call(channel, "OneToOne", metadata=BEARER)
-        await refused(channel)
-    assert probe.seen == [Caller(CallerKind.TOKEN, "ci")]
+        await authentication_error(channel)
+    assert probe.callers == [Caller(CallerKind.TOKEN, "ci")]

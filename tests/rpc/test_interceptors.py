@@ -1,4 +1,4 @@
-"""Errors, identity and audit around all four kinds of calls, seen from a client."""
+"""Errors, identity and audit log of all four kinds of calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.rpc.in_memory_server import reason_of
 from tests.rpc.probe import KINDS, Message, Probe, begin, call, serve_probe
 
 PRINTABLE = string.punctuation.replace("%", "") + " "
-SECRET = "hunter2-in-an-exception"  # noqa: S105 - what must not get out
+SECRET = "hunter2-in-an-exception"  # noqa: S105 - a test secret
 
 
 @pytest.fixture
@@ -60,8 +60,8 @@ async def failure(channel: grpc.aio.Channel, kind: str, **options: Any) -> grpc.
 
 
 def rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status:
-    """The status of a failed call. It agrees with code and message, and fits into what clients take: 8 KiB."""
-    status = rpc_status.from_call(error)  # type: ignore[arg-type] # has what it needs
+    """Return the status of a failed call, and fail unless it fits into the 8 KiB of trailers that clients accept."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type] # the type stubs lack asyncio calls
     assert status is not None
     assert len(b64encode(status.SerializeToString())) + len(quote(error.details() or "", safe=PRINTABLE)) < 7500
     return status
@@ -86,7 +86,9 @@ async def test_calls_of_every_kind_pass_through(channel: grpc.aio.Channel, kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_domain_error_becomes_a_rich_status(channel: grpc.aio.Channel, probe: Probe, kind: str) -> None:
+async def test_an_error_of_the_contract_becomes_a_status_with_details(
+    channel: grpc.aio.Channel, probe: Probe, kind: str
+) -> None:
     probe.act = raising(errors.GpuExhausted(requested=4, free=2, matching=1, total=8))
     error = await failure(channel, kind)
     status = rich_status(error)
@@ -97,12 +99,12 @@ async def test_a_domain_error_becomes_a_rich_status(channel: grpc.aio.Channel, p
     assert detail(status, error_details_pb2.QuotaFailure).violations[0].subject == "gpus"
 
 
-async def test_a_stream_gives_what_it_had_before_it_failed(channel: grpc.aio.Channel, probe: Probe) -> None:
+async def test_a_failed_stream_delivers_its_earlier_messages(channel: grpc.aio.Channel, probe: Probe) -> None:
     probe.act = raising(errors.ContainerNotFound("train"))
-    begun = begin(channel, "OneToMany")
-    assert (await begun.read()).name == "train"
+    call_in_progress = begin(channel, "OneToMany")
+    assert (await call_in_progress.read()).name == "train"
     with pytest.raises(grpc.aio.AioRpcError) as raised:
-        await begun.read()
+        await call_in_progress.read()
     resource = detail(rich_status(raised.value), error_details_pb2.ResourceInfo)
     assert (resource.resource_type, resource.resource_name) == ("gpudock.v1.Container", "train")
 
@@ -121,7 +123,7 @@ async def test_violations_and_retry_delays_are_details(channel: grpc.aio.Channel
 
 
 @pytest.mark.parametrize("text", ["x", "é", "\n", "\udc80", "%"])
-async def test_a_status_too_long_for_its_trailers_is_cut_and_not_lost(
+async def test_a_status_too_long_for_the_trailers_is_shortened(
     channel: grpc.aio.Channel, probe: Probe, text: str
 ) -> None:
     violations = tuple(errors.FieldViolation(f"spec.env[{n}]", text * 1000) for n in range(1000))
@@ -138,12 +140,12 @@ async def test_a_status_too_long_for_its_trailers_is_cut_and_not_lost(
     assert detail(status, error_details_pb2.ErrorInfo).reason == "START_FAILED"
 
 
-async def test_a_recorded_error_comes_back_as_it_was(channel: grpc.aio.Channel, probe: Probe) -> None:
+async def test_a_recorded_error_has_the_same_status_as_the_original(channel: grpc.aio.Channel, probe: Probe) -> None:
     original = errors.GpuExhausted(requested=4, free=2, matching=1, total=8)
     recorded = errors.OperationFailed(original.code, original.reason, original.message, original.metadata)
     probe.act = raising(recorded)
     assert rich_status(await failure(channel, "OneToMany")) == status_of(original)
-    # One that a faulty daemon recorded as a success is still a failure.
+    # An error that was recorded with the code OK is INTERNAL.
     assert status_of(errors.OperationFailed(0, "GPU_EXHAUSTED", "", {})).code == errors.Code.INTERNAL
 
 
@@ -153,7 +155,7 @@ async def test_a_recorded_error_comes_back_as_it_was(channel: grpc.aio.Channel, 
     [RuntimeError(SECRET), TimeoutError(SECRET), ExceptionGroup(SECRET, [ValueError(SECRET)])],
     ids=lambda error: type(error).__name__,
 )
-async def test_an_unexpected_exception_shows_an_id_and_not_its_text(
+async def test_an_unexpected_exception_is_reported_by_an_id_without_its_text(
     channel: grpc.aio.Channel, probe: Probe, kind: str, error: Exception
 ) -> None:
     probe.act = raising(error)
@@ -171,7 +173,7 @@ async def test_an_unexpected_exception_shows_an_id_and_not_its_text(
     assert SECRET not in str(status)
 
 
-async def test_a_task_group_that_failed_of_one_domain_error_ends_with_it(
+async def test_a_task_group_that_failed_with_one_error_of_the_contract_ends_with_that_error(
     channel: grpc.aio.Channel, probe: Probe
 ) -> None:
     async def act(_context: Context) -> None:
@@ -184,7 +186,7 @@ async def test_a_task_group_that_failed_of_one_domain_error_ends_with_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_abort_inside_is_left_as_it_is(channel: grpc.aio.Channel, probe: Probe, kind: str) -> None:
+async def test_an_abort_by_a_handler_keeps_its_status(channel: grpc.aio.Channel, probe: Probe, kind: str) -> None:
     async def act(context: Context) -> None:
         await context.abort(grpc.StatusCode.DATA_LOSS, "as the handler says")
 
@@ -194,13 +196,11 @@ async def test_an_abort_inside_is_left_as_it_is(channel: grpc.aio.Channel, probe
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_caller_who_hangs_up_ends_the_handler_at_once(
-    channel: grpc.aio.Channel, probe: Probe, kind: str
-) -> None:
-    begun, ended = asyncio.Event(), asyncio.Event()
+async def test_a_disconnect_cancels_the_handler_at_once(channel: grpc.aio.Channel, probe: Probe, kind: str) -> None:
+    started, ended = asyncio.Event(), asyncio.Event()
 
     async def act(_context: Context) -> None:
-        begun.set()
+        started.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -210,20 +210,20 @@ async def test_a_caller_who_hangs_up_ends_the_handler_at_once(
     probe.act = act
     with capture_logs() as logged:
         calling = begin(channel, kind)
-        await asyncio.wait_for(begun.wait(), limit(10))
+        await asyncio.wait_for(started.wait(), limit(10))
         calling.cancel()
         await asyncio.wait_for(ended.wait(), limit(10))
-        # The call was cancelled while it waited; what is left of it needs no more than turns of the loop.
+        # The rest of the cancelled call runs in the next iterations of the event loop.
         for _ in range(100):
             await asyncio.sleep(0)
     assert [line["outcome"] for line in logged if line["event"] == "call"] == ["CANCELLED"]
     assert "unexpected error" not in [line["event"] for line in logged]
     if kind == "OneToMany":
-        assert probe.ended == ["OneToMany"], "its generator was closed with the call, not by the garbage collector"
+        assert probe.ended == ["OneToMany"], "the generator was not closed with its call"
 
 
 @pytest.mark.usefixtures("channel")
-async def test_writing_to_a_caller_who_has_gone_is_no_error(probe: Probe, tmp_path: Path) -> None:
+async def test_writing_after_a_disconnect_is_no_error(probe: Probe, tmp_path: Path) -> None:
     async def act(context: Context) -> None:
         while True:
             await context.write(Message(name="x" * 65536))
@@ -231,13 +231,13 @@ async def test_writing_to_a_caller_who_has_gone_is_no_error(probe: Probe, tmp_pa
     probe.act = act
     with capture_logs() as logged:
         for round_number in range(20):
-            async with grpc.aio.insecure_channel(f"unix:{tmp_path}/gpudock.sock") as own:
-                begun = begin(own, "OneToMany")
-                await begun.read()
-                await begun.read()
-                # Half of them hang up, and half are cut off with their connection.
+            async with grpc.aio.insecure_channel(f"unix:{tmp_path}/gpudock.sock") as client:
+                call_in_progress = begin(client, "OneToMany")
+                await call_in_progress.read()
+                await call_in_progress.read()
+                # Half of the calls are cancelled; the others end with their connection.
                 if round_number % 2:
-                    begun.cancel()
+                    call_in_progress.cancel()
         async with asyncio.timeout(limit(10)):
             while len(outcomes := [line["outcome"] for line in logged if line["event"] == "call"]) < 20:
                 await asyncio.sleep(0.001)
@@ -246,19 +246,27 @@ async def test_writing_to_a_caller_who_has_gone_is_no_error(probe: Probe, tmp_pa
     assert "unexpected error" not in [line["event"] for line in logged]
 
 
-async def test_a_hang_up_that_a_failed_task_group_keeps_to_itself(channel: grpc.aio.Channel, probe: Probe) -> None:
-    """Grpc's two pieces of news, in the order in which they come on a busy machine."""
+async def test_a_disconnect_that_a_failed_task_group_swallows_is_cancelled(
+    channel: grpc.aio.Channel, probe: Probe
+) -> None:
+    """On a busy machine, grpc raises InternalError first and cancels the handler while its task group ends."""
     failing = asyncio.Event()
+    handlers: list[asyncio.Task[Any]] = []
 
     async def slow_to_end() -> None:
         try:
             await asyncio.Event().wait()
         finally:
             failing.set()
-            # Until the call is cancelled, and the group has heard of it.
-            await asyncio.sleep(0.1)
+            # Until the handler is cancelled, and its task group has handled that.
+            while not handlers[0].cancelling():
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.001)
 
     async def act(_context: Context) -> None:
+        handler = asyncio.current_task()
+        assert handler is not None
+        handlers.append(handler)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(slow_to_end())
             await asyncio.sleep(0)
@@ -266,10 +274,10 @@ async def test_a_hang_up_that_a_failed_task_group_keeps_to_itself(channel: grpc.
 
     probe.act = act
     with capture_logs() as logged:
-        begun = begin(channel, "OneToMany")
-        await begun.read()
+        call_in_progress = begin(channel, "OneToMany")
+        await call_in_progress.read()
         await asyncio.wait_for(failing.wait(), limit(10))
-        begun.cancel()
+        call_in_progress.cancel()
         async with asyncio.timeout(limit(10)):
             while not (outcomes := [line["outcome"] for line in logged if line["event"] == "call"]):
                 await asyncio.sleep(0.001)
@@ -277,14 +285,14 @@ async def test_a_hang_up_that_a_failed_task_group_keeps_to_itself(channel: grpc.
     assert "unexpected error" not in [line["event"] for line in logged]
 
 
-async def test_a_cancelled_task_that_the_handler_waited_for_is_an_internal_error(
+async def test_a_cancelled_task_that_a_handler_awaits_is_an_internal_error(
     channel: grpc.aio.Channel, probe: Probe
 ) -> None:
     probe.act = raising(asyncio.CancelledError())
     assert (await failure(channel, "OneToOne")).code() is grpc.StatusCode.INTERNAL
 
 
-async def test_a_plain_function_is_refused_for_it_would_run_outside_of_the_interceptors(
+async def test_a_synchronous_handler_is_refused_since_the_interceptors_do_not_run(
     channel: grpc.aio.Channel,
 ) -> None:
     assert (await failure(channel, "Sync")).code() is grpc.StatusCode.INTERNAL
@@ -295,19 +303,21 @@ async def test_an_unknown_method_is_unimplemented(channel: grpc.aio.Channel) -> 
     assert error.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_a_call_by_the_unix_socket_is_known_and_its_logs_say_so(channel: grpc.aio.Channel, probe: Probe) -> None:
-    seen: list[Any] = []
+async def test_a_call_by_the_unix_socket_has_its_caller_and_log_context(
+    channel: grpc.aio.Channel, probe: Probe
+) -> None:
+    identities: list[Any] = []
 
     async def act(_context: Context) -> None:
-        seen.extend([caller(), structlog.contextvars.get_contextvars()])
+        identities.extend([caller(), structlog.contextvars.get_contextvars()])
 
     probe.act = act
     await call(channel, "OneToOne")
-    assert seen == [UNIX, {"rpc": "/gpudock.probe.Probe/OneToOne", "caller_kind": "unix", "caller": ""}]
+    assert identities == [UNIX, {"rpc": "/gpudock.probe.Probe/OneToOne", "caller_kind": "unix", "caller": ""}]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_mutation_leaves_one_audit_line(channel: grpc.aio.Channel, probe: Probe, kind: str) -> None:
+async def test_a_mutation_writes_one_audit_line(channel: grpc.aio.Channel, probe: Probe, kind: str) -> None:
     probe.act = raising(errors.ContainerNotFound("train"))
     with capture_logs() as logged:
         await failure(channel, kind, requests=[Message(name="train", request_id="7", start=None)])

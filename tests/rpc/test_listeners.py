@@ -1,4 +1,4 @@
-"""What the daemon listens on, and what it refuses to listen on, with a reason."""
+"""The addresses that the daemon listens on, and the errors for those that it cannot."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def refusal(settings: Settings) -> StartupError:
     with pytest.raises(StartupError) as raised:
         listen(server, settings)
     await server.stop(None)
-    assert raised.value.hint, "it says what to do"
+    assert raised.value.hint, "the error has no hint"
     return raised.value
 
 
@@ -43,25 +43,25 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("wanted", [0o600, 0o660])
+@pytest.mark.parametrize("expected", [0o600, 0o660])
 async def test_the_socket_has_its_mode_and_was_never_wider(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: int
 ) -> None:
     path = tmp_path / "run" / "gpudock.sock"
-    seen: list[int] = []
+    modes: list[int] = []
     chmod = Path.chmod
 
     def spying(self: Path, mode: int, **options: bool) -> None:
-        seen.append(stat.S_IMODE(self.stat().st_mode))
+        modes.append(stat.S_IMODE(self.stat().st_mode))
         chmod(self, mode, **options)
 
     monkeypatch.setattr(Path, "chmod", spying)
     before = os.umask(0)
     try:
-        async with serve_probe(Probe(), Settings(socket=path, socket_mode=wanted)) as addresses:
-            assert os.umask(0) == 0, "the process's umask is as it was"
+        async with serve_probe(Probe(), Settings(socket=path, socket_mode=expected)) as addresses:
+            assert os.umask(0) == 0, "the umask of the process was changed"
             assert addresses == (f"unix:{path}",)
-            assert (seen, mode(path)) == ([0o600], wanted)
+            assert (modes, mode(path)) == ([0o600], expected)
             async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
                 await call(channel, "OneToOne")
     finally:
@@ -78,7 +78,7 @@ async def test_the_socket_belongs_to_its_group(tmp_path: Path) -> None:
     assert "'no-such-group'" in error.message
 
 
-async def test_a_second_daemon_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+async def test_a_second_daemon_is_refused_and_the_first_continues(tmp_path: Path) -> None:
     settings = Settings(socket=tmp_path / "gpudock.sock")
     async with serve_probe(Probe(), settings):
         error = await refusal(settings)
@@ -89,7 +89,7 @@ async def test_a_second_daemon_is_refused_and_the_first_goes_on(tmp_path: Path) 
         pass
 
 
-async def test_another_program_on_the_socket_is_left_alone(tmp_path: Path) -> None:
+async def test_a_socket_of_another_program_is_not_replaced(tmp_path: Path) -> None:
     path = tmp_path / "gpudock.sock"
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
@@ -98,7 +98,7 @@ async def test_another_program_on_the_socket_is_left_alone(tmp_path: Path) -> No
         assert path.exists()
 
 
-async def test_what_a_killed_daemon_left_is_removed(tmp_path: Path) -> None:
+async def test_the_socket_of_a_killed_daemon_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "gpudock.sock"
     code = "import socket,sys,os; s=socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); os._exit(9)"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, path)
@@ -111,14 +111,14 @@ async def test_what_a_killed_daemon_left_is_removed(tmp_path: Path) -> None:
         await call(channel, "OneToOne")
 
 
-async def test_a_file_in_the_way_is_refused_and_kept(tmp_path: Path) -> None:
+async def test_a_file_at_the_path_of_the_socket_is_kept_and_refused(tmp_path: Path) -> None:
     path = tmp_path / "gpudock.sock"
     path.write_text("precious")
     assert "is not a socket" in (await refusal(Settings(socket=path))).message
     assert path.read_text() == "precious"
 
 
-async def test_a_folder_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     error = await refusal(Settings(socket=tmp_path / "a" / "b" / "gpudock.sock"))
     assert "No such file or directory" in error.message
     (tmp_path / "file").touch()
@@ -126,9 +126,9 @@ async def test_a_folder_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     assert "Not a directory" in error.message or "File exists" in error.message
 
 
-async def test_a_port_that_is_taken_is_refused(token_file: Path) -> None:
+async def test_a_port_in_use_is_refused(token_file: Path) -> None:
     with socket.socket() as other:
-        # As grpc servers do by default: they would share the port, and each get half of the calls.
+        # With SO_REUSEPORT, the default of grpc servers, both would share the port and each get half of the calls.
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         other.bind(("127.0.0.1", 0))
         other.listen()

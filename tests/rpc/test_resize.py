@@ -1,4 +1,4 @@
-"""ResizeVolume at the moments that a real filesystem is too fast to show: what is reserved, and what is verified."""
+"""ResizeVolume at moments that are too short on a real filesystem: reservations and verification."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from typing_extensions import override
 from tests.rig.patience import limit
 from tests.rpc.fake_volumes import FakeCopier, FakeVolumes
 from tests.rpc.in_memory_server import TIMEOUT_SECONDS, InMemoryServer, create_request, read_to_end, reason_of, serve
-from tests.rpc.test_volumes import created, refused, resize
+from tests.rpc.volume_calls import MIB, create_volume, error_reason, resize
 
-MIB = 1 << 20
 TIB = 1 << 40
 
 
 @dataclass(eq=False)
 class GatedVolumes(FakeVolumes):
-    """Volumes that grow when the test says so."""
+    """Volumes that wait for `may_grow` before they grow."""
 
     growing: asyncio.Event = field(default_factory=asyncio.Event)
     may_grow: asyncio.Event = field(default_factory=asyncio.Event)
@@ -40,22 +39,22 @@ class GatedVolumes(FakeVolumes):
 async def test_a_resize_reserves_its_bytes_when_it_begins(tmp_path: Path) -> None:
     volumes = GatedVolumes()
     async with serve(tmp_path, volumes) as server:
-        await created(server)
+        await create_volume(server)
         growing = asyncio.create_task(resize(server, 5 * TIB))
         async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
             await volumes.growing.wait()
-        # The pool has 8 TiB: the second volume fits beside what the first one has, and not beside what it will have.
+        # The pool has 8 TiB: the second volume fits beside the old size of the first one, and not beside its new size.
         second = pb.CreateVolumeRequest(name="second", size_bytes=4 * TIB)
-        assert await refused(server.volumes.CreateVolume(second)) == "DISK_FULL"
+        assert await error_reason(server.volumes.CreateVolume(second)) == "DISK_FULL"
         volumes.may_grow.set()
         _, error = await growing
         assert error is None
-        await created(server, "third", 3 * TIB - 64 * MIB)
+        await create_volume(server, "third", 3 * TIB - 64 * MIB)
 
 
 @dataclass(eq=False)
 class CopyingVolumes(FakeVolumes):
-    """Volumes that shrink by a copy; `before_locks` runs after a plan has looked at who mounts the volume."""
+    """Volumes that shrink by a copy. `before_locks` runs after a draft has read which containers mount the volume."""
 
     before_locks: Callable[[], Awaitable[None]] | None = None
     replacements: set[str] = field(default_factory=set)
@@ -91,8 +90,8 @@ class CopyingVolumes(FakeVolumes):
 
 
 @dataclass
-class DoubtfulCopier(FakeCopier):
-    """A copier whose copies are not equal for the first `unequal` times that anybody looks."""
+class UnequalCopier(FakeCopier):
+    """A copier whose first `unequal` verifications fail."""
 
     unequal: int
     copies: list[bool] = field(default_factory=list)
@@ -109,22 +108,22 @@ class DoubtfulCopier(FakeCopier):
         return await super().verify(source, target)
 
 
-async def test_a_copy_that_is_not_equal_never_takes_the_place_of_its_source(tmp_path: Path) -> None:
-    volumes, copier = CopyingVolumes(), DoubtfulCopier(unequal=2)
+async def test_a_copy_that_differs_never_replaces_its_source(tmp_path: Path) -> None:
+    volumes, copier = CopyingVolumes(), UnequalCopier(unequal=2)
     async with serve(tmp_path, volumes, copier) as server:
-        await created(server)
+        await create_volume(server)
         _, error = await resize(server, 32 * MIB)
         assert reason_of(error) == "VOLUME_FAILED"
         assert not volumes.exchanged
-        assert not volumes.replacements, "the copy is removed"
-        seen = (await server.volumes.GetVolume(pb.GetVolumeRequest(name="data"))).volume
-        assert (seen.size_bytes, seen.revision) == (64 * MIB, 1)
+        assert not volumes.replacements, "the copy was not removed"
+        volume = (await server.volumes.GetVolume(pb.GetVolumeRequest(name="data"))).volume
+        assert (volume.size_bytes, volume.revision) == (64 * MIB, 1)
 
 
-async def test_a_copy_that_is_not_equal_is_made_once_more_from_the_beginning(tmp_path: Path) -> None:
-    volumes, copier = CopyingVolumes(), DoubtfulCopier(unequal=1)
+async def test_a_copy_that_differs_is_repeated_once(tmp_path: Path) -> None:
+    volumes, copier = CopyingVolumes(), UnequalCopier(unequal=1)
     async with serve(tmp_path, volumes, copier) as server:
-        await created(server)
+        await create_volume(server)
         events, error = await resize(server, 32 * MIB)
         assert error is None
         assert copier.copies == [False, True, True]
@@ -132,16 +131,16 @@ async def test_a_copy_that_is_not_equal_is_made_once_more_from_the_beginning(tmp
         assert len(volumes.exchanged) == 1
 
 
-async def test_a_shrink_by_copy_is_refused_for_a_container_that_mounted_the_volume_meanwhile(tmp_path: Path) -> None:
+async def test_a_shrink_by_copy_is_refused_if_a_container_mounted_the_volume_meanwhile(tmp_path: Path) -> None:
     volumes = CopyingVolumes()
     async with serve(tmp_path, volumes) as server:
-        await created(server)
+        await create_volume(server)
         volumes.before_locks = lambda: _mount(server)
         _, error = await resize(server, 32 * MIB)
         assert reason_of(error) == "VOLUME_IN_USE"
         assert not volumes.exchanged
         assert not volumes.replacements
-        # A second call sees the container, and takes it into account.
+        # A second call stops the container for the copy.
         events, error = await resize(server, 32 * MIB)
         assert error is None
         assert "stop" in [stage.name for stage in events[-2].operation.stages]

@@ -1,10 +1,7 @@
-"""VolumeService over a real channel: what is refused, what a second call finds, and who waits for whom."""
+"""VolumeService over a channel: refusals, repeated calls, watches and locks."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import grpc.aio
 import pytest
 from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, operation_service_pb2, volume_pb2
 from gpudock.v1 import volume_service_pb2 as pb
@@ -15,112 +12,88 @@ from gpudock_server.ports import Versioned
 from gpudock_server.rpc.volumes import requests as validation
 
 from tests.rpc.in_memory_server import UUID, InMemoryServer, create_request, read_to_end, reason_of
-
-MIB = 1 << 20
-
-
-async def created(
-    server: InMemoryServer, name: str = "data", size_bytes: int = 64 * MIB, **fields: Any
-) -> volume_pb2.Volume:
-    """Create a volume to the end."""
-    request = pb.CreateVolumeRequest(name=name, size_bytes=size_bytes, **fields)
-    return (await server.volumes.CreateVolume(request)).volume
-
-
-async def resize(
-    server: InMemoryServer, size_bytes: int, **fields: Any
-) -> tuple[list[Any], grpc.aio.AioRpcError | None]:
-    """Resize to the end."""
-    request = pb.ResizeVolumeRequest(name="data", size_bytes=size_bytes, **fields)
-    return await read_to_end(server.volumes.ResizeVolume(request))
-
-
-async def refused(call: Any) -> str:
-    """The reason of a unary call's error."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    return reason_of(caught.value)
+from tests.rpc.volume_calls import MIB, create_volume, error_reason, resize
 
 
 async def test_a_volume_from_create_to_delete(server: InMemoryServer) -> None:
-    made = await created(server, labels={"a": "b"}, owner="alice", request_id=UUID)
-    assert (made.state, made.revision, made.node) == (volume_pb2.VOLUME_STATE_READY, 1, "gpu1")
-    assert await created(server, labels={"a": "b"}, owner="alice", request_id=UUID) == made
-    assert await refused(server.volumes.CreateVolume(pb.CreateVolumeRequest(name="data"))) == "VOLUME_EXISTS"
-    events, error = await resize(server, 128 * MIB, etag=made.etag)
+    volume = await create_volume(server, labels={"a": "b"}, owner="alice", request_id=UUID)
+    assert (volume.state, volume.revision, volume.node) == (volume_pb2.VOLUME_STATE_READY, 1, "gpu1")
+    assert await create_volume(server, labels={"a": "b"}, owner="alice", request_id=UUID) == volume
+    assert await error_reason(server.volumes.CreateVolume(pb.CreateVolumeRequest(name="data"))) == "VOLUME_EXISTS"
+    events, error = await resize(server, 128 * MIB, etag=volume.etag)
     assert error is None
     assert [stage.name for stage in events[-2].operation.stages] == ["grow", "commit"]
     assert events[-2].operation.target.kind == operation_pb2.RESOURCE_KIND_VOLUME
     assert (events[-1].result.size_bytes, events[-1].result.revision) == (128 * MIB, 2)
-    _, stale = await resize(server, 256 * MIB, etag=made.etag)
+    _, stale = await resize(server, 256 * MIB, etag=volume.etag)
     assert reason_of(stale) == "STALE_ETAG"
     listed = (await server.volumes.ListVolumes(pb.ListVolumesRequest(filter=pb.VolumeFilter(owner="alice")))).volumes
-    assert [(one.name, one.used_bytes) for one in listed] == [("data", MIB)]
+    assert [(found.name, found.used_bytes) for found in listed] == [("data", MIB)]
     history = (await server.volumes.ListVolumeRevisions(pb.ListVolumeRevisionsRequest(name="data"))).revisions
-    assert [one.size_bytes for one in history] == [64 * MIB, 128 * MIB]
+    assert [revision.size_bytes for revision in history] == [64 * MIB, 128 * MIB]
     operations = await server.operation_service.ListOperations(operation_service_pb2.ListOperationsRequest())
-    assert {one.kind for one in operations.operations} == {
+    assert {operation.kind for operation in operations.operations} == {
         operation_pb2.OPERATION_KIND_CREATE_VOLUME,
         operation_pb2.OPERATION_KIND_RESIZE_VOLUME,
     }
     await server.volumes.DeleteVolume(pb.DeleteVolumeRequest(name="data"))
-    assert await refused(server.volumes.GetVolume(pb.GetVolumeRequest(name="data"))) == "VOLUME_NOT_FOUND"
+    assert await error_reason(server.volumes.GetVolume(pb.GetVolumeRequest(name="data"))) == "VOLUME_NOT_FOUND"
 
 
-async def test_a_watch_tells_of_volumes_and_of_who_mounts_them(server: InMemoryServer) -> None:
-    await created(server)
+async def test_a_watch_reports_volumes_and_the_containers_that_mount_them(server: InMemoryServer) -> None:
+    await create_volume(server)
     call = server.volumes.WatchVolumes(pb.WatchVolumesRequest(filter=pb.VolumeFilter(node="gpu1")))
-    told = aiter(call)
-    first = await anext(told)
+    events = aiter(call)
+    first = await anext(events)
     assert (first.added.name, first.added.HasField("used_bytes")) == ("data", False)
-    listed = await anext(told)
+    listed = await anext(events)
     assert listed.checkpoint.list_complete
     request = create_request()
     request.spec.mounts.add(volume="data", target="/data")
     await read_to_end(server.containers.CreateContainer(request))
-    mounted = await anext(told)
+    mounted = await anext(events)
     assert list(mounted.modified.attached_containers) == ["a"]
     call.cancel()
-    # What the list says of the moment is where a watch of the same volumes goes on, and no other.
+    # The token of the list continues a watch with the same filter, and no other watch.
     resuming = pb.WatchVolumesRequest(filter=pb.VolumeFilter(node="gpu1"), resume_token=listed.resume_token)
-    again = aiter(server.volumes.WatchVolumes(resuming))
-    assert (await anext(again)).WhichOneof("event") == "checkpoint"
-    assert await anext(again) == mounted
+    resumed = aiter(server.volumes.WatchVolumes(resuming))
+    assert (await anext(resumed)).WhichOneof("event") == "checkpoint"
+    assert await anext(resumed) == mounted
     resuming.filter.node = ""
     _, other = await read_to_end(server.volumes.WatchVolumes(resuming))
     assert reason_of(other) == "INVALID_ARGUMENT"
-    moment = (await server.volumes.ListVolumes(pb.ListVolumesRequest())).resume_token
-    strange = container_service_pb2.WatchContainersRequest(resume_token=moment)
-    _, other = await read_to_end(server.containers.WatchContainers(strange))
+    token = (await server.volumes.ListVolumes(pb.ListVolumesRequest())).resume_token
+    request_with_token = container_service_pb2.WatchContainersRequest(resume_token=token)
+    _, other = await read_to_end(server.containers.WatchContainers(request_with_token))
     assert reason_of(other) == "INVALID_ARGUMENT"
 
 
-async def test_to_the_size_that_it_has_changes_nothing(server: InMemoryServer) -> None:
-    made = await created(server)
+async def test_a_resize_to_the_current_size_changes_nothing(server: InMemoryServer) -> None:
+    volume = await create_volume(server)
     events, error = await resize(server, 64 * MIB)
     assert error is None
-    assert (events[-1].result.etag, events[-1].result.revision) == (made.etag, 1)
+    assert (events[-1].result.etag, events[-1].result.revision) == (volume.etag, 1)
 
 
-async def test_what_cannot_be_is_refused_and_leaves_nothing(server: InMemoryServer) -> None:
-    await created(server)
+async def test_impossible_sizes_are_refused_and_leave_nothing(server: InMemoryServer) -> None:
+    await create_volume(server)
     _, error = await resize(server, MIB)
     assert reason_of(error) == "VOLUME_TOO_SMALL_FOR_DATA"
     _, error = await resize(server, 1 << 50)
     assert reason_of(error) == "DISK_FULL"
     full = pb.CreateVolumeRequest(name="more", size_bytes=1 << 50)
-    assert await refused(server.volumes.CreateVolume(full)) == "DISK_FULL"
-    # What fails while it is made is undone.
+    assert await error_reason(server.volumes.CreateVolume(full)) == "DISK_FULL"
+    # A creation that fails is undone.
     odd = pb.CreateVolumeRequest(name="odd", size_bytes=7 << 40)
-    assert await refused(server.volumes.CreateVolume(odd)) == "SIZE_NOT_SUPPORTED"
+    assert await error_reason(server.volumes.CreateVolume(odd)) == "SIZE_NOT_SUPPORTED"
     assert list(server.store.volume_records) == ["data"]
     assert not server.store.locks
 
 
-async def test_a_volume_of_another_node(server: InMemoryServer) -> None:
-    await created(server)
-    head = server.store.volume_records["data"].value
-    server.store.volume_records["data"] = Versioned(head.changed(node="gpu2"), 1)
+async def test_a_volume_of_another_node_is_neither_resized_nor_mounted(server: InMemoryServer) -> None:
+    await create_volume(server)
+    record = server.store.volume_records["data"].value
+    server.store.volume_records["data"] = Versioned(record.changed(node="gpu2"), 1)
     _, error = await resize(server, 128 * MIB)
     assert reason_of(error) == "WRONG_NODE"
     mounting = create_request(name="a")
@@ -129,11 +102,11 @@ async def test_a_volume_of_another_node(server: InMemoryServer) -> None:
     assert reason_of(error) == "WRONG_NODE"
 
 
-async def test_one_that_is_worked_on_is_not_mounted_and_one_that_is_mounted_not_deleted(server: InMemoryServer) -> None:
-    await created(server)
+async def test_a_locked_volume_is_not_mounted_and_a_mounted_volume_is_not_deleted(server: InMemoryServer) -> None:
+    await create_volume(server)
     mounting = create_request(name="a")
     mounting.spec.mounts.append(container_pb2.Mount(volume="data", target="/data"))
-    server.store.locks[ResourceKind.VOLUME, "data"] = "somebody"
+    server.store.locks[ResourceKind.VOLUME, "data"] = "other"
     _, error = await read_to_end(server.containers.CreateContainer(mounting))
     assert reason_of(error) == "VOLUME_BUSY"
     _, error = await resize(server, 128 * MIB)
@@ -141,20 +114,20 @@ async def test_one_that_is_worked_on_is_not_mounted_and_one_that_is_mounted_not_
     del server.store.locks[ResourceKind.VOLUME, "data"]
     _, error = await read_to_end(server.containers.CreateContainer(mounting))
     assert error is None
-    assert await refused(server.volumes.DeleteVolume(pb.DeleteVolumeRequest(name="data"))) == "VOLUME_IN_USE"
-    seen = (await server.volumes.GetVolume(pb.GetVolumeRequest(name="data"))).volume
-    assert list(seen.attached_containers) == ["a"]
+    assert await error_reason(server.volumes.DeleteVolume(pb.DeleteVolumeRequest(name="data"))) == "VOLUME_IN_USE"
+    volume = (await server.volumes.GetVolume(pb.GetVolumeRequest(name="data"))).volume
+    assert list(volume.attached_containers) == ["a"]
     assert isinstance(server.store.volume_records["data"].value, Volume)
 
 
-def test_every_rule_of_a_request_is_told_at_once() -> None:
+def test_all_violations_of_a_request_are_reported_together() -> None:
     request = pb.CreateVolumeRequest(
         name="No", owner="-", size_bytes=1, backend=volume_pb2.VOLUME_BACKEND_PLAIN, request_id="x"
     )
     request.labels["gpudock.uid"] = "mine"
     with pytest.raises(InvalidArgument) as caught:
         validation.create(request)
-    told = {violation.field for violation in caught.value.violations}
-    assert told == {"name", "owner", "size_bytes", "backend", "request_id", 'labels["gpudock.uid"]'}
+    fields = {violation.field for violation in caught.value.violations}
+    assert fields == {"name", "owner", "size_bytes", "backend", "request_id", 'labels["gpudock.uid"]'}
     with pytest.raises(InvalidArgument):
         validation.resize(pb.ResizeVolumeRequest(name="data"))
