@@ -8,7 +8,7 @@ from gpudock_server.core.volumes import commands as volume_commands
 from gpudock_server.errors import GpudockError
 from gpudock_server.model.operation import Operation, OperationState
 
-from tests.unit.model_node import ModelNode
+from tests.unit.model_node import NODE, ModelNode
 
 
 async def refusal(model: ModelNode, command: Command | volume_commands.Command) -> GpudockError:
@@ -20,10 +20,13 @@ async def refusal(model: ModelNode, command: Command | volume_commands.Command) 
     return refused.value
 
 
-async def preview(model: ModelNode, command: Command) -> Operation:
+async def preview(model: ModelNode, command: Command | volume_commands.Command) -> Operation:
     """The operation that a command would begin. The preview must have changed nothing."""
     before = model.summary()
-    operation = await model.containers.preview(command)
+    if isinstance(command, volume_commands.Command):
+        operation = await model.volumes.preview(command)
+    else:
+        operation = await model.containers.preview(command)
     assert model.summary() == before
-    assert operation.state is OperationState.PLANNED
+    assert (operation.state, operation.node) == (OperationState.PLANNED, NODE)
     return operation
