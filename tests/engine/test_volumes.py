@@ -1,9 +1,8 @@
-"""Volumes by RPC on a real engine: sizes that hold inside containers, change under them, and keep every byte."""
+"""VolumeService on a real engine: sizes are limits inside containers, and change without loss of data."""
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import sys
 from collections.abc import Iterator
 
@@ -28,42 +27,44 @@ from tests.rig import GLIBC, Rig
 __all__ = ["daemons"]
 
 MIB = 1 << 20
-SIZE = 320 * MIB
+VOLUME_SIZE = 320 * MIB
 # Writes blocks and their checksums until a write fails, which ends the container.
 WRITER = (
     "trap 'exit 0' TERM; i=0; while :; do dd if=/dev/urandom of=/data/b$i bs=64k count=1 conv=fsync 2>/dev/null ||"
     " exit 1; sha256sum /data/b$i >> /data/sums || exit 1; i=$((i+1)); done"
 )
-PLANT = (
+WRITE_FILES = (
     "mkdir -p /data/deep && dd if=/dev/urandom of=/data/deep/blob bs=64k count=64 2>/dev/null &&"
     " ln /data/deep/blob /data/link && ln -s deep/blob /data/soft && chmod 4751 /data/deep/blob"
 )
-LOOK = "cd /data && find . -not -name lost+found | sort && md5sum deep/blob link && stat -c '%a %h %u %Y' deep/blob"
+READ_FILES = (
+    "cd /data && find . -not -name lost+found | sort && md5sum deep/blob link && stat -c '%a %h %u %Y' deep/blob"
+)
 
 
 def mount(volume: str, target: str = "/data", *, read_only: bool = False) -> container_pb2.Mount:
-    """A volume, mounted."""
+    """A mount of a volume."""
     return container_pb2.Mount(volume=volume, target=target, read_only=read_only)
 
 
 async def df_size(caller: Caller, container: str) -> int:
-    """What `df` inside says."""
+    """The size of /data in bytes, from `df` inside the container."""
     return int((await caller.shell(container, "df -P -k /data")).splitlines()[1].split()[1]) << 10
 
 
-async def test_the_size_holds_inside(caller: Caller) -> None:
-    made = await caller.create_volume("data", SIZE, labels={"a": "b"}, owner="alice")
-    assert (made.size_bytes, made.revision, made.state) == (SIZE, 1, volume_pb2.VOLUME_STATE_READY)
-    assert made.backend in (volume_pb2.VOLUME_BACKEND_LOOP, volume_pb2.VOLUME_BACKEND_PROJECT_QUOTA)
+async def test_the_size_of_a_volume_is_a_limit_inside_containers(caller: Caller) -> None:
+    created = await caller.create_volume("data", VOLUME_SIZE, labels={"a": "b"}, owner="alice")
+    assert (created.size_bytes, created.revision, created.state) == (VOLUME_SIZE, 1, volume_pb2.VOLUME_STATE_READY)
+    assert created.backend in (volume_pb2.VOLUME_BACKEND_LOOP, volume_pb2.VOLUME_BACKEND_PROJECT_QUOTA)
     await caller.create("one", mounts=[mount("data")])
     await caller.create("two", mounts=[mount("data", read_only=True)])
-    assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
-    full = await caller.run("one", "dd", "if=/dev/zero", "of=/data/fill", "bs=64k")
-    assert (full.code, b"No space left" in full.stderr) == (1, True)
+    assert abs(await df_size(caller, "one") - VOLUME_SIZE) < VOLUME_SIZE // 50
+    result = await caller.run("one", "dd", "if=/dev/zero", "of=/data/fill", "bs=64k")
+    assert (result.code, b"No space left" in result.stderr) == (1, True)
     assert (await caller.run("two", "sh", "-c", "test -s /data/fill && touch /data/x")).code == 1
-    seen = await caller.volume("data")
-    assert list(seen.attached_containers) == ["one", "two"]
-    assert seen.used_bytes > SIZE * 9 // 10
+    volume_now = await caller.volume("data")
+    assert list(volume_now.attached_containers) == ["one", "two"]
+    assert volume_now.used_bytes > VOLUME_SIZE * 9 // 10
     refused = await failure(caller.delete_volume("data"))
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "VOLUME_IN_USE")
     assert refused.metadata["holders"] == "one,two"
@@ -71,11 +72,11 @@ async def test_the_size_holds_inside(caller: Caller) -> None:
 
 @pytest.mark.deep
 async def test_growing_under_a_writer_loses_nothing(caller: Caller) -> None:
-    await caller.create_volume("data", SIZE)
+    await caller.create_volume("data", VOLUME_SIZE)
     await caller.create("writer", mounts=[mount("data")], command=["sh", "-c", WRITER])
     before = await caller.get("writer")
     pid = await caller.shell("writer", "cat /proc/1/stat | cut -d' ' -f22")
-    size = SIZE
+    size = VOLUME_SIZE
     for _ in range(20):
         size += 4 * MIB
         assert (await caller.resize_volume("data", size)).result.size_bytes == size
@@ -86,7 +87,7 @@ async def test_growing_under_a_writer_loses_nothing(caller: Caller) -> None:
     assert abs(await df_size(caller, "writer") - size) < size // 50
     await caller.stop("writer")
     await caller.create("reader", mounts=[mount("data", read_only=True)])
-    # The last block may have no checksum yet; every checksum has its block.
+    # The last block may have no checksum; every checksum must match its block.
     await caller.shell("reader", "sha256sum -c /data/sums >/dev/null")
     revisions = await revisions_of(caller, "data")
     assert [revision.revision for revision in revisions] == list(range(1, 22))
@@ -96,33 +97,33 @@ async def test_growing_under_a_writer_loses_nothing(caller: Caller) -> None:
 
 
 async def revisions_of(caller: Caller, name: str) -> list[volume_pb2.VolumeRevision]:
-    """The history, oldest first."""
+    """The revisions of a volume, oldest first."""
     request = volume_service_pb2.ListVolumeRevisionsRequest(name=name)
     return list((await caller.volumes.ListVolumeRevisions(request)).revisions)
 
 
-async def test_shrinking_below_what_is_in_use_is_refused(caller: Caller) -> None:
-    await caller.create_volume("data", 2 * SIZE)
+async def test_shrinking_below_the_used_bytes_is_refused(caller: Caller) -> None:
+    await caller.create_volume("data", 2 * VOLUME_SIZE)
     await caller.create("one", mounts=[mount("data")])
     await caller.shell("one", "dd if=/dev/zero of=/data/fill bs=1M count=400 conv=fsync 2>/dev/null")
-    refused = await failure(caller.resize_volume("data", SIZE))
+    refused = await failure(caller.resize_volume("data", VOLUME_SIZE))
     assert refused.reason == "VOLUME_TOO_SMALL_FOR_DATA"
     assert int(refused.metadata["used_bytes"]) > 400 * MIB
-    assert int(refused.metadata["minimum_bytes"]) > SIZE
-    assert (await caller.volume("data")).size_bytes == 2 * SIZE
+    assert int(refused.metadata["minimum_bytes"]) > VOLUME_SIZE
+    assert (await caller.volume("data")).size_bytes == 2 * VOLUME_SIZE
 
 
 async def test_shrinking_under_running_containers(caller: Caller) -> None:
-    await caller.create_volume("data", 2 * SIZE)
+    await caller.create_volume("data", 2 * VOLUME_SIZE)
     await caller.create("one", mounts=[mount("data")])
     await caller.create("two", mounts=[mount("data", read_only=True)])
     await caller.stop("two")
-    await caller.shell("one", PLANT)
-    files = await caller.shell("one", LOOK)
+    await caller.shell("one", WRITE_FILES)
+    files = await caller.shell("one", READ_FILES)
     before = await caller.get("one")
-    plan = await caller.resize_volume("data", SIZE, validate_only=True)
-    shrunk = await caller.resize_volume("data", SIZE)
-    assert shrunk.result.size_bytes == SIZE
+    plan = await caller.resize_volume("data", VOLUME_SIZE, validate_only=True)
+    shrunk = await caller.resize_volume("data", VOLUME_SIZE)
+    assert shrunk.result.size_bytes == VOLUME_SIZE
     assert plan.snapshots[0].plan.stages == shrunk.snapshots[-1].plan.stages
     after = await caller.get("one")
     assert after.status.state == container_pb2.CONTAINER_STATE_RUNNING
@@ -130,22 +131,22 @@ async def test_shrinking_under_running_containers(caller: Caller) -> None:
     assert (after.status.start_time.ToNanoseconds() > before.status.start_time.ToNanoseconds()) == plan.snapshots[
         0
     ].plan.restarts_process
-    assert await caller.shell("one", LOOK) == files
-    assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
+    assert await caller.shell("one", READ_FILES) == files
+    assert abs(await df_size(caller, "one") - VOLUME_SIZE) < VOLUME_SIZE // 50
     await caller.start("two")
-    assert await caller.shell("two", LOOK) == files
+    assert await caller.shell("two", READ_FILES) == files
     assert [revision.cause for revision in await revisions_of(caller, "data")][
         -1
     ] == volume_pb2.VOLUME_REVISION_CAUSE_SHRUNK
 
 
 @pytest.mark.deep
-async def test_cancelling_a_shrink_leaves_the_old_one(caller: Caller) -> None:
-    await caller.create_volume("data", 2 * SIZE)
+async def test_a_cancelled_shrink_leaves_the_volume_as_it_was(caller: Caller) -> None:
+    await caller.create_volume("data", 2 * VOLUME_SIZE)
     await caller.create("one", mounts=[mount("data")])
-    await caller.shell("one", PLANT)
-    files = await caller.shell("one", LOOK)
-    stream = caller.volumes.ResizeVolume(volume_service_pb2.ResizeVolumeRequest(name="data", size_bytes=SIZE))
+    await caller.shell("one", WRITE_FILES)
+    files = await caller.shell("one", READ_FILES)
+    stream = caller.volumes.ResizeVolume(volume_service_pb2.ResizeVolumeRequest(name="data", size_bytes=VOLUME_SIZE))
     async for event in stream:
         if event.operation.stage == "exchange":
             break
@@ -154,73 +155,73 @@ async def test_cancelling_a_shrink_leaves_the_old_one(caller: Caller) -> None:
     request = operation_service_pb2.CancelOperationRequest(id=event.operation.id)
     await caller.operations.CancelOperation(request)
     await caller.until_idle()
-    seen = await caller.volume("data")
-    assert (seen.size_bytes, seen.revision, seen.operation_id) == (2 * SIZE, 1, "")
+    volume_now = await caller.volume("data")
+    assert (volume_now.size_bytes, volume_now.revision, volume_now.operation_id) == (2 * VOLUME_SIZE, 1, "")
     assert (await caller.get("one")).status.state == container_pb2.CONTAINER_STATE_RUNNING
-    assert await caller.shell("one", LOOK) == files
-    assert abs(await df_size(caller, "one") - 2 * SIZE) < SIZE // 50
+    assert await caller.shell("one", READ_FILES) == files
+    assert abs(await df_size(caller, "one") - 2 * VOLUME_SIZE) < VOLUME_SIZE // 50
 
 
 async def test_a_refusal_to_shrink_names_the_smallest_size_that_works(caller: Caller) -> None:
-    """It named what the files take, and the filesystem then refused that size and named another one."""
-    await caller.create_volume("data", 2 * SIZE)
+    """The minimum includes what the filesystem needs, and not only the size of the files."""
+    await caller.create_volume("data", 2 * VOLUME_SIZE)
     refused = await failure(caller.resize_volume("data", 10 * MIB))
-    least = int(refused.metadata["minimum_bytes"])
-    assert f"its minimum size is {least // MIB} MiB" in refused.message
-    await caller.resize_volume("data", least)
-    assert (await caller.volume("data")).size_bytes == least
+    minimum = int(refused.metadata["minimum_bytes"])
+    assert f"its minimum size is {minimum // MIB} MiB" in refused.message
+    await caller.resize_volume("data", minimum)
+    assert (await caller.volume("data")).size_bytes == minimum
 
 
-async def test_a_mount_of_what_is_not_a_volume_is_refused(caller: Caller, clean_engine: Rig) -> None:
+async def test_mounts_of_unknown_volumes_are_refused(caller: Caller, clean_engine: Rig) -> None:
     await caller.create_volume("data")
     missing = await failure(caller.create("one", mounts=[mount("dota")]))
     assert (missing.reason, missing.metadata["available"]) == ("VOLUME_NOT_FOUND", "data")
     clean_engine.engine.call("POST", "/volumes/create", send={"Name": "theirs", "Labels": {"gpudock.adopt": "true"}})
-    raw = await failure(caller.create("one", mounts=[mount("theirs")]))
-    assert raw.reason == "VOLUME_NOT_FOUND"
-    assert "AdoptVolume" in raw.message
+    not_adopted = await failure(caller.create("one", mounts=[mount("theirs")]))
+    assert not_adopted.reason == "VOLUME_NOT_FOUND"
+    assert "AdoptVolume" in not_adopted.message
     assert (await failure(caller.create_volume("data"))).reason == "VOLUME_EXISTS"
-    assert (await failure(caller.resize_volume("data", SIZE))).reason == "SIZE_NOT_SUPPORTED"
+    assert (await failure(caller.resize_volume("data", VOLUME_SIZE))).reason == "SIZE_NOT_SUPPORTED"
 
 
 async def test_adopting_a_volume_of_the_engine(caller: Caller, clean_engine: Rig) -> None:
     clean_engine.engine.call("POST", "/volumes/create", send={"Name": "theirs", "Labels": {"gpudock.adopt": "true"}})
-    with volume_container(clean_engine, "theirs") as theirs:
-        theirs.run("sh", "-c", PLANT)
-        files = theirs.run("sh", "-c", LOOK).stdout
-        assert (await failure(caller.adopt_volume("sized", "theirs", SIZE))).reason == "VOLUME_IN_USE"
-    sized = await caller.adopt_volume("sized", "theirs", SIZE)
-    assert sized.size_bytes == SIZE
+    with volume_container(clean_engine, "theirs") as other_container:
+        other_container.run("sh", "-c", WRITE_FILES)
+        files = other_container.run("sh", "-c", READ_FILES).stdout
+        assert (await failure(caller.adopt_volume("sized", "theirs", VOLUME_SIZE))).reason == "VOLUME_IN_USE"
+    sized = await caller.adopt_volume("sized", "theirs", VOLUME_SIZE)
+    assert sized.size_bytes == VOLUME_SIZE
     plain = await caller.adopt_volume("plain", "theirs")
     assert (plain.backend, plain.size_bytes) == (volume_pb2.VOLUME_BACKEND_PLAIN, 0)
     assert (await failure(caller.adopt_volume("again", "theirs"))).reason == "VOLUME_EXISTS"
     assert (await failure(caller.adopt_volume("none", "nowhere"))).reason == "VOLUME_NOT_FOUND"
     for name in ("sized", "plain"):
         await caller.create(name, mounts=[mount(name)])
-        assert await caller.shell(name, LOOK) == files
+        assert await caller.shell(name, READ_FILES) == files
         assert [revision.cause for revision in await revisions_of(caller, name)] == [
             volume_pb2.VOLUME_REVISION_CAUSE_ADOPTED
         ]
-    assert abs(await df_size(caller, "sized") - SIZE) < SIZE // 50
+    assert abs(await df_size(caller, "sized") - VOLUME_SIZE) < VOLUME_SIZE // 50
 
 
-async def test_force_takes_it_out_of_containers_that_do_not_run(caller: Caller) -> None:
-    await caller.create_volume("data", SIZE)
+async def test_delete_with_force_removes_the_mount_from_containers_that_do_not_run(caller: Caller) -> None:
+    await caller.create_volume("data", VOLUME_SIZE)
     await caller.create_volume("other")
     mounts = [mount("data"), mount("data", "/again", read_only=True), mount("other", "/other")]
     for name in ("one", "two"):
         await caller.create(name, mounts=mounts)
         await caller.shell(name, "echo kept > /root/file; echo kept > /other/file; echo gone > /data/file")
     await caller.stop("one")
-    # Nothing is taken from a process.
+    # A running container keeps its mount.
     running = await failure(caller.delete_volume("data", force=True))
     assert (running.reason, running.metadata["holders"]) == ("VOLUME_IN_USE", "two")
     await caller.stop("two")
     assert (await failure(caller.delete_volume("data"))).metadata["holders"] == "one,two"
-    planned = (await caller.delete_volume("data", force=True, validate_only=True)).plan
-    assert [stage.name for stage in planned.stages] == ["detach", "check", "engine-volume", "destroy", "commit"]
-    assert [warning.split()[1].rstrip(":") for warning in planned.plan.warnings[:2]] == ["one", "two"]
-    assert list((await caller.volume("data")).attached_containers) == ["one", "two"], "nothing was done"
+    plan = (await caller.delete_volume("data", force=True, validate_only=True)).plan
+    assert [stage.name for stage in plan.stages] == ["detach", "check", "engine-volume", "destroy", "commit"]
+    assert [warning.split()[1].rstrip(":") for warning in plan.plan.warnings[:2]] == ["one", "two"]
+    assert list((await caller.volume("data")).attached_containers) == ["one", "two"], "validate_only changed the mounts"
     assert not (await caller.delete_volume("data", force=True)).HasField("plan")
     assert (await failure(caller.volume("data"))).reason == "VOLUME_NOT_FOUND"
     for name in ("one", "two"):
@@ -231,18 +232,20 @@ async def test_force_takes_it_out_of_containers_that_do_not_run(caller: Caller) 
         assert await caller.shell(name, "cat /root/file /other/file; find /data /again -type f") == "kept\nkept\n"
         history = await caller.revisions(name)
         assert history[-1].cause == container_revision_pb2.REVISION_CAUSE_UPDATED
-        gone = await failure(caller.rollback(name, 1))
-        assert (gone.reason, gone.metadata["volume"]) == ("VOLUME_NOT_FOUND", "data")
+        refused = await failure(caller.rollback(name, 1))
+        assert (refused.reason, refused.metadata["volume"]) == ("VOLUME_NOT_FOUND", "data")
         assert await caller.shell(name, "cat /root/file") == "kept\n"
 
 
-async def test_force_takes_nothing_from_strangers(caller: Caller, clean_engine: Rig) -> None:
-    made = await caller.create_volume("data")
+async def test_delete_with_force_is_refused_while_a_container_outside_gpudock_has_the_volume(
+    caller: Caller, clean_engine: Rig
+) -> None:
+    created = await caller.create_volume("data")
     await caller.create("one", mounts=[mount("data")])
     await caller.stop("one")
-    engine_volume = made.mountpoint.split("/")[-2]
-    with volume_container(clean_engine, engine_volume) as theirs:
-        theirs.stop()
+    engine_volume = created.mountpoint.split("/")[-2]
+    with volume_container(clean_engine, engine_volume) as other_container:
+        other_container.stop()
         refused = await failure(caller.delete_volume("data", force=True))
         assert refused.reason == "VOLUME_IN_USE"
         assert "one" not in refused.metadata["holders"].split(",")
@@ -252,60 +255,57 @@ async def test_force_takes_nothing_from_strangers(caller: Caller, clean_engine: 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("force", [False, True])
-async def test_a_deletion_and_a_mount_at_once(caller: Caller, *, force: bool) -> None:
-    """One of them is refused; no container is ever without a volume that its spec names."""
+async def test_of_a_simultaneous_delete_and_mount_one_is_refused(caller: Caller, *, force: bool) -> None:
+    """No container is ever without a volume that its spec names."""
     await caller.create("joins")
     refusals = {"VOLUME_NOT_FOUND", "VOLUME_BUSY", "VOLUME_IN_USE", "VOLUME_FAILED"}
-    won = collections.Counter[str]()
     for number in range(24):
-        await caller.create_volume("data", SIZE if number % 8 == 0 else 0)
-        joining = number % 2 == 1
+        await caller.create_volume("data", VOLUME_SIZE if number % 8 == 0 else 0)
+        updates_container = number % 2 == 1
         mounts = [mount("data")]
-        mounting = caller.update("joins", mounts=mounts) if joining else caller.create("made", mounts=mounts)
+        mount_call = (
+            caller.update("joins", mounts=mounts) if updates_container else caller.create("made", mounts=mounts)
+        )
 
-        async def deletion(after: float) -> None:
-            await asyncio.sleep(after)
+        async def delete_volume(delay: float) -> None:
+            await asyncio.sleep(delay)
             await caller.delete_volume("data", force=force)
 
-        ended = await asyncio.gather(mounting, deletion(number // 2 * 0.002), return_exceptions=True)
-        failures = [failure_of(one) if isinstance(one, grpc.aio.AioRpcError) else one for one in ended]
+        results = await asyncio.gather(mount_call, delete_volume(number // 2 * 0.002), return_exceptions=True)
+        failures = [failure_of(result) if isinstance(result, grpc.aio.AioRpcError) else result for result in results]
         refused = [isinstance(failure, Failure) for failure in failures]
         assert sum(refused) == 1, failures
         assert {failure.reason for failure in failures if isinstance(failure, Failure)} <= refusals, failures
-        name = "joins" if joining else "made"
-        won["mount" if refused[1] else "deletion"] += 1
+        name = "joins" if updates_container else "made"
         if refused[1]:
-            seen = await caller.volume("data")
-            assert (seen.state, list(seen.attached_containers)) == (volume_pb2.VOLUME_STATE_READY, [name])
+            volume_now = await caller.volume("data")
+            assert (volume_now.state, list(volume_now.attached_containers)) == (volume_pb2.VOLUME_STATE_READY, [name])
             await caller.shell(name, "echo there > /data/file && cat /data/file")
-            await (caller.update("joins", "mounts") if joining else caller.delete("made"))
+            await (caller.update("joins", "mounts") if updates_container else caller.delete("made"))
             await caller.delete_volume("data")
         else:
             assert (await failure(caller.volume("data"))).reason == "VOLUME_NOT_FOUND"
             listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
-            there = [
-                container.name
-                for container in listed.containers
-                if any(mount.volume for mount in container.spec.mounts)
+            mounting_containers = [
+                container.name for container in listed.containers if any(item.volume for item in container.spec.mounts)
             ]
-            assert there == []
-    assert won["mount"], won
+            assert mounting_containers == []
 
 
 @pytest.fixture
-def detached(daemons: IsolatedDaemons) -> Iterator[None]:
-    """Lets go of what is left to the volumes of daemons that are gone."""
+def detach_at_end(daemons: IsolatedDaemons) -> Iterator[None]:
+    """Remove engine containers and detach loop devices, which the test's daemons leave when they are killed."""
     yield
     daemons.rig.engine.remove_all()
     detach_loop_devices(daemons.rig.folder)
 
 
-async def test_a_full_pool_is_told_before_anything_is_made(daemons: IsolatedDaemons) -> None:
+async def test_a_create_beyond_the_volume_pool_is_refused_before_any_change(daemons: IsolatedDaemons) -> None:
     daemon = await daemons.start("--volume-overcommit", "0.0001")
     async with Caller(daemon.target) as caller:
-        full = await failure(caller.create_volume("data", 1 << 50))
-        assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
-        assert int(full.metadata["available_bytes"]) < 1 << 50
+        result = await failure(caller.create_volume("data", 1 << 50))
+        assert (result.code, result.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL")
+        assert int(result.metadata["available_bytes"]) < 1 << 50
         node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
         assert node.volume_pool.overcommit == 0.0001
         assert node.volume_pool.total_bytes > node.volume_pool.free_bytes > 0
@@ -313,69 +313,69 @@ async def test_a_full_pool_is_told_before_anything_is_made(daemons: IsolatedDaem
         assert not listed.volumes
 
 
-NAME = "n" * 199
-# With the folder of a store before it, the path of the file is longer than PATH_MAX.
-PLANT_DEEP = f"""
+FOLDER_NAME = "n" * 199
+# Together with the folder of the backing, the path of the file is longer than PATH_MAX.
+WRITE_DEEP_FILES = f"""
 import os
 os.chdir("/data")
 for number in range(20):
-    os.mkdir("{NAME}")
-    os.chdir("{NAME}")
+    os.mkdir("{FOLDER_NAME}")
+    os.chdir("{FOLDER_NAME}")
     os.utime(".", (number, number))
 open("file", "w").write("at the bottom")
 """
-LOOK_DEEP = f"""
+READ_DEEP_FILES = f"""
 import os
 os.chdir("/data")
 for _ in range(20):
-    os.chdir("{NAME}")
+    os.chdir("{FOLDER_NAME}")
     print(os.stat(".").st_mtime_ns, os.listdir("."))
 print(open("file").read())
 """
 
 
 @pytest.mark.deep
-@pytest.mark.usefixtures("detached")
+@pytest.mark.usefixtures("detach_at_end")
 async def test_a_volume_with_deep_folders_is_shrunk_by_copy(daemons: IsolatedDaemons) -> None:
     daemon = await daemons.start("--volume-backend", "loop", "--volume-filesystem", "xfs")
     async with Caller(daemon.target) as caller:
-        await caller.create_volume("data", 2 * SIZE)
+        await caller.create_volume("data", 2 * VOLUME_SIZE)
         await caller.create("one", image=GLIBC, mounts=[mount("data")])
-        await caller.shell("one", f"python3 -c '{PLANT_DEEP}'")
-        files = await caller.shell("one", f"python3 -c '{LOOK_DEEP}'")
-        assert files.count(NAME) == 19
+        await caller.shell("one", f"python3 -c '{WRITE_DEEP_FILES}'")
+        files = await caller.shell("one", f"python3 -c '{READ_DEEP_FILES}'")
+        assert files.count(FOLDER_NAME) == 19
         assert files.endswith("at the bottom\n")
-        shrunk = await caller.resize_volume("data", SIZE)
-        assert "exchange" in shrunk.snapshots[-1].plan.stages, "it was shrunk in place"
-        assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
-        assert await caller.shell("one", f"python3 -c '{LOOK_DEEP}'") == files
+        shrunk = await caller.resize_volume("data", VOLUME_SIZE)
+        assert "exchange" in shrunk.snapshots[-1].plan.stages, "the volume was shrunk in place, not by a copy"
+        assert abs(await df_size(caller, "one") - VOLUME_SIZE) < VOLUME_SIZE // 50
+        assert await caller.shell("one", f"python3 -c '{READ_DEEP_FILES}'") == files
         await caller.delete_all()
 
 
 @pytest.mark.deep
-@pytest.mark.usefixtures("detached")
-async def test_loops_come_back_after_a_reboot(daemons: IsolatedDaemons) -> None:
+@pytest.mark.usefixtures("detach_at_end")
+async def test_loop_volumes_are_attached_again_after_a_reboot(daemons: IsolatedDaemons) -> None:
     daemon = await daemons.start("--volume-backend", "loop")
     async with Caller(daemon.target) as caller:
-        await caller.create_volume("data", SIZE)
+        await caller.create_volume("data", VOLUME_SIZE)
         await caller.create("one", mounts=[mount("data")])
-        await caller.shell("one", PLANT)
-        files = await caller.shell("one", LOOK)
+        await caller.shell("one", WRITE_FILES)
+        files = await caller.shell("one", READ_FILES)
         await caller.stop("one")
     assert await asyncio.to_thread(daemon.stop) == 0, daemon.log_text
-    # What a reboot does to loop devices. The unit attaches them before the engine starts, without a daemon.
+    # A reboot detaches loop devices. The systemd unit attaches them before the engine starts, without a daemon.
     detach_loop_devices(daemons.rig.folder)
     assert not loop_devices_below(daemons.rig.folder)
-    words = [sys.executable, "-m", "gpudock_server", "--attach-volumes", "--state-dir", str(daemon.state_dir)]
-    attaching = await asyncio.create_subprocess_exec(*words)
-    assert await attaching.wait() == 0
+    command = [sys.executable, "-m", "gpudock_server", "--attach-volumes", "--state-dir", str(daemon.state_dir)]
+    process = await asyncio.create_subprocess_exec(*command)
+    assert await process.wait() == 0
     assert len(loop_devices_below(daemons.rig.folder)) == 1
-    # And so does a daemon that starts without that.
+    # A daemon also attaches them when it starts.
     detach_loop_devices(daemons.rig.folder)
     daemon = await daemons.start("--volume-backend", "loop", after=daemon)
     async with Caller(daemon.target) as caller:
         await caller.start("one")
-        assert await caller.shell("one", LOOK) == files
-        assert abs(await df_size(caller, "one") - SIZE) < SIZE // 50
+        assert await caller.shell("one", READ_FILES) == files
+        assert abs(await df_size(caller, "one") - VOLUME_SIZE) < VOLUME_SIZE // 50
         await caller.delete_all()
     assert not loop_devices_below(daemons.rig.folder)
