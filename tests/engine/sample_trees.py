@@ -1,10 +1,11 @@
-"""A tree with everything in it that a carry can lose, and recordings of trees that can be compared.
+"""A sample tree with everything that a transfer of files can lose, and the comparison of trees.
 
-`grow` makes the tree inside a container (see `grow_command`) or in any folder; `record` reads what a container sees,
-from the host, through `/proc/<pid>/root`. The module runs by itself: its own text is what is sent into a container.
+`create_tree` makes the tree in a folder, `create_tree_command` inside a container; `read_tree` reads the files of a
+container from the host, through `/proc/<pid>/root`. The module imports the standard library alone, because its text
+runs in the container.
 """
 
-# Its names are bytes, because not every one is text; its modes are odd on purpose.
+# Paths are bytes, because not every name is UTF-8; some modes are unsafe on purpose.
 # ruff: noqa: PTH101, PTH102, PTH103, PTH104, PTH108, PTH112, PTH115, PTH116, PTH123, PTH208, PTH211, S103
 from __future__ import annotations
 
@@ -22,17 +23,17 @@ from pathlib import Path
 FILES = 20_000
 """Plain files in the tree; with all the rest it has some 20,800 entries."""
 
-# For what is longer the buffer of 256 KiB that file_digest makes is worth it.
+# For files below this size, the buffer of 256 KiB that file_digest allocates takes longer than the digest.
 _SMALL_BYTES = 1 << 16
 _FOLDERS = 100
-_LINKED = 12
-_NOTED = 8
-_DEEP = 60
-# version 2, effective, CAP_NET_BIND_SERVICE permitted (linux/capability.h, struct vfs_cap_data)
+_LINKED_FILES_PER_FOLDER = 12
+_FILES_WITH_ATTRIBUTES = 8
+_NESTED_FOLDERS = 60
+# Version 2, effective, CAP_NET_BIND_SERVICE permitted (struct vfs_cap_data of linux/capability.h).
 _CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0)
-# Before 1970, with a fraction that only nanoseconds show, and beyond 2038.
+# Before 1970, with a fraction in nanoseconds, and after 2038.
 _TIMES_NS = (-86_400_000_000_123, 1_234_567_890_123_456_789, 4_102_444_800_999_999_999)
-_ODD_NAMES = (
+_UNUSUAL_NAMES = (
     b"-rf",
     b"--",
     b" ",
@@ -48,12 +49,12 @@ _ODD_NAMES = (
 )
 
 
-# Made by the engine in a layer of its own, below the writable one and new for every container.
+# Files of the init layer, which the engine makes for each container below its writable layer.
 ENGINE_FILES = frozenset({b"/.dockerenv", b"/etc", b"/etc/mtab"})
 
 
 def image_files() -> dict[str, bytes]:
-    """Files that the image has to bring, for `grow` to delete, replace and edit."""
+    """Files that an image must have, so that `create_tree` can delete, replace and edit them: path -> content."""
     kinds = {"kept": 50, "gone": 200, "replaced": 60, "emptied": 40, "edited": 20, "moved": 5, "linked": 5}
     return {
         f"image/{kind}/{number}": f"{kind} {number}\n".encode()
@@ -63,22 +64,22 @@ def image_files() -> dict[str, bytes]:
 
 
 def create_tree_command(root: str = "/", files: int = FILES) -> list[str]:
-    """A command that makes the tree below `root`; it needs Python in the container."""
+    """A command that makes the tree below `root` inside a container, which must have Python."""
     source = Path(__file__).read_text(encoding="utf-8")
     return ["sh", "-c", 'exec python3 -c "$1" "$2" "$3"', "grow", source, root, str(files)]
 
 
 def create_tree(root: str, files: int = FILES) -> None:
-    """Make the tree below `root`, the same one every time. Where `image_files` lie there, many of them are changed."""
+    """Make the tree below `root`, always the same; if `image_files` exist there, many of them are changed."""
     base = os.fsencode(root.rstrip("/")) + b"/"
     top = base + b"grown"
     os.mkdir(top)
-    dice = random.Random(7)  # noqa: S311 - the same tree every time
-    _plain_files(top, dice, files // _FOLDERS)
+    generator = random.Random(7)  # noqa: S311 - the same tree every time
+    _plain_files(top, generator, files // _FOLDERS)
     _hard_links(top)
     _attributes(top)
-    _sparse(top, dice)
-    _odd_ones(top)
+    _sparse(top, generator)
+    _unusual_entries(top)
     if os.path.isdir(base + b"image"):
         _change_image(base + b"image/")
     for number, path in enumerate(sorted(_walk(top))):
@@ -88,18 +89,18 @@ def create_tree(root: str, files: int = FILES) -> None:
     os.utime(base, ns=(_TIMES_NS[1], _TIMES_NS[1]))
 
 
-def _plain_files(top: bytes, dice: random.Random, per_folder: int) -> None:
+def _plain_files(top: bytes, generator: random.Random, per_folder: int) -> None:
     for folder in range(_FOLDERS):
         os.mkdir(top + b"/d%d" % folder)
         for number in range(per_folder):
-            _write(top + b"/d%d/f%d" % (folder, number), dice.randbytes(dice.randrange(64)))
+            _write(top + b"/d%d/f%d" % (folder, number), generator.randbytes(generator.randrange(64)))
 
 
 def _hard_links(top: bytes) -> None:
-    """Groups of four names, in four folders."""
+    """Files with four names each, in four folders."""
     os.mkdir(top + b"/links")
     for folder in range(50):
-        for number in range(_LINKED):
+        for number in range(_LINKED_FILES_PER_FOLDER):
             first = top + b"/d%d/f%d" % (folder, number)
             os.link(first, top + b"/links/%d-%d" % (folder, number))
             os.link(first, top + b"/d%d/linked%d-%d" % (99 - folder, folder, number))
@@ -108,7 +109,7 @@ def _hard_links(top: bytes) -> None:
 
 def _attributes(top: bytes) -> None:
     for folder in range(10, 40):
-        for number in range(_NOTED):
+        for number in range(_FILES_WITH_ATTRIBUTES):
             os.setxattr(top + b"/d%d/f%d" % (folder, number), f"user.note{number}", b"value %d\0\xff" % number)
     os.setxattr(top + b"/d2", "user.folder", b"")
     for number in range(3):
@@ -120,23 +121,23 @@ def _attributes(top: bytes) -> None:
     os.chown(top + b"/d5", 123456, 4_000_000_000)
 
 
-def _sparse(top: bytes, dice: random.Random) -> None:
+def _sparse(top: bytes, generator: random.Random) -> None:
     os.mkdir(top + b"/sparse")
     with open(top + b"/sparse/hole", "wb") as file:
         file.truncate(32 << 20)
     with open(top + b"/sparse/islands", "wb") as file:
         for offset in (0, 5 << 20, 9_000_001):
             file.seek(offset)
-            file.write(dice.randbytes(5000))
+            file.write(generator.randbytes(5000))
         file.truncate(16 << 20)
-    _write(top + b"/sparse/dense", dice.randbytes(3 << 20))
+    _write(top + b"/sparse/dense", generator.randbytes(3 << 20))
 
 
-def _odd_ones(top: bytes) -> None:
+def _unusual_entries(top: bytes) -> None:
     os.mkdir(top + b"/odd")
-    for name in _ODD_NAMES:
+    for name in _UNUSUAL_NAMES:
         _write(top + b"/odd/" + name, name)
-    # XFS takes 1023 bytes for a link's target.
+    # The target of a link on XFS has at most 1023 bytes.
     for number, target in enumerate((b"../d0/f1", b"/nowhere", b"x" * 1000, b".", b"new\nline")):
         os.symlink(target, top + b"/odd/symlink%d" % number)
         os.chown(top + b"/odd/symlink%d" % number, 42, 43, follow_symlinks=False)
@@ -144,14 +145,15 @@ def _odd_ones(top: bytes) -> None:
     os.mknod(top + b"/odd/socket", stat.S_IFSOCK | 0o640)
     for number in range(50):
         os.mkdir(top + b"/odd/empty%d" % number, 0o700)
-    os.makedirs(top + b"/deep" + b"/deeper" * _DEEP)
+    os.makedirs(top + b"/deep" + b"/deeper" * _NESTED_FOLDERS)
 
 
 def _change_image(image: bytes) -> None:
     for number in range(0, 200, 2):
         os.unlink(image + b"gone/%d" % number)
     shutil.rmtree(image + b"emptied")
-    shutil.rmtree(image + b"replaced")  # and made again: opaque, none of the image's files may come back
+    # A folder that is deleted and made again is opaque: the files of the image must not appear in it.
+    shutil.rmtree(image + b"replaced")
     os.mkdir(image + b"replaced", 0o711)
     for number in range(10):
         _write(image + b"replaced/new%d" % number, b"new\n")
@@ -170,7 +172,7 @@ def _write(path: bytes, content: bytes) -> None:
 
 
 def _walk(top: bytes) -> Iterator[bytes]:
-    """Everything below `top` and itself."""
+    """`top` and every path below it."""
     yield top
     for folder, folders, files in os.walk(top):
         for name in folders + files:
@@ -179,9 +181,10 @@ def _walk(top: bytes) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class TreeEntry:
-    """What is compared of one name.
+    """The properties of a path that are compared.
 
-    `links` is the first name of those that share the inode, empty for a folder or a whiteout.
+    `links` is the first path with the same inode, and empty for a folder or a whiteout. `content` is a digest, the
+    target of a link, or the number of a device.
     """
 
     kind: str
@@ -197,10 +200,10 @@ class TreeEntry:
 
 
 def read_tree(root: str) -> dict[bytes, TreeEntry]:
-    """Everything on the filesystem of `root`, by its path below it, without what is mounted there or ENGINE_MADE."""
+    """The entries on the filesystem of `root`, by path below `root`; without mounts and ENGINE_FILES."""
     top = os.fsencode(root)
     device = os.stat(top).st_dev
-    found: dict[bytes, TreeEntry] = {}
+    entries: dict[bytes, TreeEntry] = {}
     first_names: dict[int, bytes] = {}
     folders = [b""]
     while folders:
@@ -213,13 +216,13 @@ def read_tree(root: str) -> dict[bytes, TreeEntry]:
             if stat.S_ISDIR(status.st_mode):
                 folders.append(path)
             if path not in ENGINE_FILES:
-                found[path] = _entry(top + path, path, status, first_names)
-    found[b"/"] = _entry(top + b"/", b"/", os.stat(top), first_names)
-    return found
+                entries[path] = _entry(top + path, path, status, first_names)
+    entries[b"/"] = _entry(top + b"/", b"/", os.stat(top), first_names)
+    return entries
 
 
-def _entry(place: bytes, path: bytes, status: os.stat_result, first_names: dict[int, bytes]) -> TreeEntry:
-    # The kernel hard-links whiteouts to each other as it likes (since 5.8); they mean the same either way.
+def _entry(full_path: bytes, path: bytes, status: os.stat_result, first_names: dict[int, bytes]) -> TreeEntry:
+    # Since Linux 5.8 the kernel hard-links whiteouts to each other as it likes, which does not change their meaning.
     unlinked = stat.S_ISDIR(status.st_mode) or (stat.S_ISCHR(status.st_mode) and status.st_rdev == 0)
     return TreeEntry(
         kind=stat.filemode(status.st_mode)[0],
@@ -230,19 +233,20 @@ def _entry(place: bytes, path: bytes, status: os.stat_result, first_names: dict[
         nlink=0 if unlinked else status.st_nlink,
         links=b"" if unlinked else first_names.setdefault(status.st_ino, path),
         xattrs={
-            name: os.getxattr(place, name, follow_symlinks=False) for name in os.listxattr(place, follow_symlinks=False)
+            name: os.getxattr(full_path, name, follow_symlinks=False)
+            for name in os.listxattr(full_path, follow_symlinks=False)
         },
-        content=_content(place, status),
+        content=_content(full_path, status),
         sparse=stat.S_ISREG(status.st_mode) and status.st_blocks * 512 + 65536 < status.st_size,
     )
 
 
-def _content(place: bytes, status: os.stat_result) -> str:
+def _content(full_path: bytes, status: os.stat_result) -> str:
     if stat.S_ISLNK(status.st_mode):
-        return repr(os.readlink(place))
+        return repr(os.readlink(full_path))
     if not stat.S_ISREG(status.st_mode):
         return hex(status.st_rdev)
-    with open(place, "rb", buffering=0) as file:
+    with open(full_path, "rb", buffering=0) as file:
         if status.st_size < _SMALL_BYTES:
             return hashlib.sha1(file.read(), usedforsecurity=False).hexdigest()
         return hashlib.file_digest(file, "sha1").hexdigest()
@@ -255,33 +259,36 @@ def tree_differences(
     ignored_fields: frozenset[str] = frozenset(),
     limit: int = 20,
 ) -> str:
-    """The differences, one a line; empty when there is none. `ignored_fields` are not compared."""
+    """The first `limit` differences, one per line; empty if there is none. `ignored_fields` are not compared."""
     names = [field.name for field in fields(TreeEntry) if field.name not in ignored_fields]
-    lines = [f"{path!r}: gone" for path in sorted(before.keys() - after.keys())]
-    lines += [f"{path!r}: came from nowhere" for path in sorted(after.keys() - before.keys())]
+    lines = [f"{path!r}: missing" for path in sorted(before.keys() - after.keys())]
+    lines += [f"{path!r}: unexpected" for path in sorted(after.keys() - before.keys())]
     for path in sorted(before.keys() & after.keys()):
         for name in names:
-            one, other = getattr(before[path], name), getattr(after[path], name)
-            if one != other:
-                lines.append(f"{path!r}: {name} was {one!r}, is {other!r}")
+            old_value, new_value = getattr(before[path], name), getattr(after[path], name)
+            if old_value != new_value:
+                lines.append(f"{path!r}: {name} was {old_value!r}, is {new_value!r}")
     return "\n".join([*lines[:limit], *([f"and {len(lines) - limit} more"] if len(lines) > limit else [])])
 
 
 def create_layer_folders(root: Path, *numbers: int) -> list[Path]:
-    """Lay out a data folder as the overlay2 driver does, with one container's empty layer for each number."""
+    """Make a data folder as the overlay2 driver does, with the empty layer of a container for each number.
+
+    Returns the folders of the writable layers.
+    """
     links = root / "overlay2/l"
     links.mkdir(parents=True, exist_ok=True)
-    planted = []
+    folders = []
     for number in numbers:
         name = f"{number:064x}"
-        for which, mark in ((f"{name}-init", "I"), (name, "C")):
-            (root / "overlay2" / which / "diff").mkdir(parents=True)
+        for layer, mark in ((f"{name}-init", "I"), (name, "C")):
+            (root / "overlay2" / layer / "diff").mkdir(parents=True)
             short = f"{mark}{number:025X}"
-            (root / "overlay2" / which / "link").write_text(short)
-            (links / short).symlink_to(f"../{which}/diff")
+            (root / "overlay2" / layer / "link").write_text(short)
+            (links / short).symlink_to(f"../{layer}/diff")
         (root / "overlay2" / name / "lower").write_text(f"l/I{number:025X}:l/IMAGE0000000000000000000000")
-        planted.append(root / "overlay2" / name / "diff")
-    return planted
+        folders.append(root / "overlay2" / name / "diff")
+    return folders
 
 
 if __name__ == "__main__":
