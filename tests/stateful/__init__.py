@@ -1,1 +1,1 @@
-"""Random sequences of everything that can happen to a host, held against a model of what must be true."""
+"""Random sequences of requests, faults and outside changes, compared with a model of the expected state."""

@@ -1,4 +1,4 @@
-"""The rules of containers: every request that changes one, disturbed half the time."""
+"""The rules of containers: every request that changes one, half the time with a disturbance."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def _number(choice: tuple[int, PastRevision]) -> int:
 class ContainerRules(RuleBase):
     """See the module's docstring."""
 
-    @precondition(lambda self: len(self.host.known) < len(NAMES))
+    @precondition(lambda self: len(self.host.containers) < len(NAMES))
     @rule(data=st.data(), gpus=GPUS, port=st.booleans(), create_only=st.booleans())
     @counted
     def create(self, data: Draws, gpus: int, port: bool, create_only: bool) -> None:
-        """A container more, if there are names and cards for it."""
+        """Create a container, if there are a name and GPUs for it."""
         if not self.can_claim(gpus):
             return self.skip()
         name = self.free_name(data)
@@ -61,17 +61,17 @@ class ContainerRules(RuleBase):
         return self._record_uid(name)
 
     def _record_uid(self, name: str) -> None:
-        if name in self.host.known:
+        if name in self.host.containers:
             self.loop.run(self._learn_uid(name))
 
     async def _learn_uid(self, name: str) -> None:
-        self.host.known[name].uid = (await self.host.caller.get(name)).uid
+        self.host.containers[name].uid = (await self.host.caller.get(name)).uid
 
     @precondition(lambda self: self.has_container(RUNNING))
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
     @counted
     def write(self, data: Draws, file: str, content: str | None) -> None:
-        """Files change in what runs."""
+        """Write or delete a file of a running container."""
         self.loop.run(self.host.write(self.choose_container(data, RUNNING).name, file, content))
         self.tally["write"] += 1
 
@@ -79,14 +79,14 @@ class ContainerRules(RuleBase):
     @rule(data=st.data(), file=st.sampled_from(_FILES), content=_CONTENTS)
     @counted
     def write_more(self, data: Draws, file: str, content: str | None) -> None:
-        """Most of what happens to a container are its own doings."""
+        """Write twice as often as other rules: most changes of a container are its own."""
         self.write(data, file, content)
 
     @precondition(lambda self: self.has_container(RUNNING))
     @rule(data=st.data(), gpus=GPUS, keep=st.booleans())
     @counted
     def scale(self, data: Draws, gpus: int, keep: bool) -> None:
-        """Other cards, by a successor."""
+        """Change the number of GPUs, by a successor."""
         container = self.choose_container(data, RUNNING)
         if gpus == container.spec.gpus or not self.can_claim(gpus, released=container.spec.gpus):
             return self.skip()
@@ -98,7 +98,7 @@ class ContainerRules(RuleBase):
     @rule(data=st.data(), cpus=st.sampled_from((0.5, 1.0, 1.5)), keep=st.booleans())
     @counted
     def limit_cpus(self, data: Draws, cpus: float, keep: bool) -> None:
-        """Another limit, in place, also of what does not run."""
+        """Change the CPU limit in place, also of a stopped container."""
         container = self.choose_container(data, RUNNING, STOPPED, EXITED)
         if cpus == container.spec.cpus:
             return self.skip()
@@ -115,7 +115,7 @@ class ContainerRules(RuleBase):
     @rule(data=st.data(), field=st.sampled_from(("env", "labels")), value=st.sampled_from(("x", "y")))
     @counted
     def update(self, data: Draws, field: str, value: str) -> None:
-        """Environment by a successor, labels in place."""
+        """Change the environment, by a successor, or labels, in place."""
         other: Any = {field: (("k", value),)}
         fields: Any = {field: {"k": value}}
         container = self.choose_container(data, RUNNING, STOPPED, EXITED)
@@ -127,7 +127,7 @@ class ContainerRules(RuleBase):
     @rule(data=st.data())
     @counted
     def mount(self, data: Draws) -> None:
-        """Other volumes, or the same ones elsewhere, or none."""
+        """Change the mounts."""
         container = self.choose_container(data, *RESTING)
         spec = replace(container.spec, mounts=self.choose_mounts(data))
         if spec == container.spec:
@@ -144,12 +144,12 @@ class ContainerRules(RuleBase):
     @rule(data=st.data(), spec_only=st.booleans())
     @counted
     def rollback(self, data: Draws, spec_only: bool) -> None:
-        """To any revision that can be returned to."""
+        """Roll back to an earlier revision."""
         states = RESTING if spec_only else (*RESTING, FAILED)
         if not self.has_container(*states):
             return self.skip()
         container = self.choose_container(data, *states)
-        # With nothing but another spec to return to, nothing would change.
+        # A rollback to the same spec would change nothing.
         others = [(number, past) for number, past in container.past.items() if past.spec != container.spec]
         choices = others if spec_only else list(restorable(container))
         if not choices:
@@ -165,11 +165,11 @@ class ContainerRules(RuleBase):
             await result_of(caller.containers.RollbackContainer(request))
 
         if self.lacks_volume(past.spec):
-            # What was on it is gone, and another one of its name is not there yet.
+            # The volume was deleted, and there is no other one of its name.
             return self.refused(act, "VOLUME_NOT_FOUND", container.name)
         after = container.changed(past.spec, files=None if spec_only else dict(past.files or ()))
         if container.state is FAILED:
-            # A successor that was never started.
+            # The successor is created and not started.
             after.state = STOPPED
         return self.perform(data, container.name, act, container, pruned(after, KEEP))
 
@@ -177,12 +177,12 @@ class ContainerRules(RuleBase):
     @rule(data=st.data(), keep_resources=st.booleans())
     @counted
     def stop(self, data: Draws, keep_resources: bool) -> None:
-        """Stop what runs."""
+        """Stop a container."""
         container = self.choose_container(data, RUNNING, PAUSED)
         after = container.copy()
         after.state = STOPPED
         if not keep_resources:
-            after.holds, after.cards = False, 0
+            after.holds, after.gpus = False, 0
         name = container.name
         self.perform(data, name, lambda caller: caller.stop(name, keep_resources=keep_resources), container, after)
 
@@ -190,27 +190,27 @@ class ContainerRules(RuleBase):
     @rule(data=st.data())
     @counted
     def start(self, data: Draws) -> None:
-        """Start what does not run; where it was given other cards meanwhile it gets a successor, and a revision."""
+        """Start a container; if its GPUs must change, that is a successor and a new revision."""
         container = self.choose_container(data, STOPPED, EXITED)
-        if not self.can_claim(container.spec.gpus, released=container.cards):
+        if not self.can_claim(container.spec.gpus, released=container.gpus):
             return self.skip()
         self.loop.run(self._start(container.name))
         return self.loop.run(self.host.check(container.name))
 
     async def _start(self, name: str) -> None:
-        container = self.host.known[name]
+        container = self.host.containers[name]
         now = await self.host.caller.start(name)
         after = (
             container.copy() if now.revision == container.revision else pruned(container.changed(container.spec), KEEP)
         )
-        after.state, after.holds, after.cards = RUNNING, True, after.spec.gpus
+        after.state, after.holds, after.gpus = RUNNING, True, after.spec.gpus
         await self.host.settle(name, after)
 
     @precondition(lambda self: self.has_container(RUNNING))
     @rule(data=st.data())
     @counted
     def restart(self, data: Draws) -> None:
-        """Another process, the same everything."""
+        """Restart a container; only its process changes."""
         container = self.choose_container(data, RUNNING)
         name = container.name
         self.perform(data, name, lambda caller: caller.restart(name), container, container.copy())
@@ -219,7 +219,7 @@ class ContainerRules(RuleBase):
     @rule(data=st.data())
     @counted
     def pause_or_unpause(self, data: Draws) -> None:
-        """Freeze what runs, thaw what is frozen."""
+        """Pause a running container, or unpause a paused one."""
         container = self.choose_container(data, RUNNING, PAUSED)
         after, name = container.copy(), container.name
         after.state = PAUSED if container.state is RUNNING else RUNNING
@@ -234,7 +234,7 @@ class ContainerRules(RuleBase):
     @rule(data=st.data())
     @counted
     def delete_revision(self, data: Draws) -> None:
-        """Others keep the files that they share with it."""
+        """Delete a revision; other revisions keep the files that they share with it."""
         container = self.choose_container(data)
         if not container.past:
             return self.skip()
@@ -247,24 +247,24 @@ class ContainerRules(RuleBase):
     @rule(data=st.data())
     @counted
     def delete(self, data: Draws) -> None:
-        """With all that belongs to it; without `force` only what does not run."""
+        """Delete a container; without `force` a running one must be refused."""
         container = self.choose_container(data)
         name = container.name
-        match data.choose(("no", "politely", "by force"), "really"):
-            case "no":
+        match data.choose(("skip", "without force", "with force"), "how"):
+            case "skip":
                 return self.skip()
-            case "politely" if container.runs:
+            case "without force" if container.runs:
                 return self.refused(lambda caller: caller.delete(name, force=False), "CONTAINER_RUNNING", name)
             case how:
-                self.loop.run(self.host.caller.delete(name, force=how == "by force"))
-                del self.host.known[name]
+                self.loop.run(self.host.caller.delete(name, force=how == "with force"))
+                del self.host.containers[name]
                 return self.loop.run(self.host.check())
 
-    @precondition(lambda self: self.has_container(RUNNING) and len(self.host.known) < len(NAMES))
+    @precondition(lambda self: self.has_container(RUNNING) and len(self.host.containers) < len(NAMES))
     @rule(data=st.data())
     @counted
     def clone(self, data: Draws) -> None:
-        """Another one with the files of now, or of a revision."""
+        """Clone a container with its current files or those of a revision."""
         container = self.choose_container(data, RUNNING)
         name = self.free_name(data)
         choices = [(0, PastRevision(container.spec, tuple(container.files.items()))), *restorable(container)]
@@ -288,9 +288,9 @@ class ContainerRules(RuleBase):
     @rule(data=st.data())
     @counted
     def commit(self, data: Draws) -> None:
-        """An image of its files; the container is as it was."""
+        """Commit the files to an image; the container is unchanged."""
         container = self.choose_container(data, *RESTING)
-        # A name is its owner's and its store's: what an earlier daemon left is not replaced.
+        # An image name belongs to one node and store, so that an image of an earlier daemon must not have it.
         repository = f"stateful/{self.host.node}"
         self.perform(
             data,
@@ -304,7 +304,7 @@ class ContainerRules(RuleBase):
     @rule(data=st.data())
     @counted
     def two_updates_at_once(self, data: Draws) -> None:
-        """Of two changes at once each is done, or refused because of the other."""
+        """Make two updates at once; each succeeds, or is refused because of the other."""
         container = self.choose_container(data, RUNNING)
         self.loop.run(self._two_updates_at_once(container))
         self.loop.run(self.host.check(container.name))

@@ -1,4 +1,4 @@
-"""What a person with the docker command does behind the daemon's back; the daemon notices."""
+"""Changes made with the docker command, which the daemon must notice."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from tests.stateful.model import State
 from tests.stateful.modelled_host import ModelledHost
 from tests.stateful.observation import EngineView
 
-# Within so many seconds an event is noticed and, where a rule says so, repaired.
+# The daemon must notice an event, and repair what it should, within so many seconds of an idle machine.
 _NOTICED_S = 20.0
 
 
 async def run_docker_action(host: ModelledHost, name: str, action: str) -> None:
-    """Do something to a container of the daemon, and wait until that is known."""
-    expected, engine = host.known[name].copy(), host.rig.engine
+    """Change an engine container of the daemon, and wait until the daemon has noticed it."""
+    expected, engine = host.containers[name].copy(), host.rig.engine
     inspected = _inspected(host, name)
     where = f"/containers/{inspected['Id']}"
     match action:
         case "rm":
             engine.call("DELETE", where, query={"force": "1"})
-            expected.state, expected.holds, expected.cards = State.FAILED, False, 0
+            expected.state, expected.holds, expected.gpus = State.FAILED, False, 0
         case "stop" | "kill":
             engine.call("POST", f"{where}/{action}")
             expected.state = State.EXITED
@@ -39,7 +39,7 @@ async def run_docker_action(host: ModelledHost, name: str, action: str) -> None:
         case "start":
             return await _start(host, name, where)
         case "rename":
-            engine.call("POST", f"{where}/rename", query={"name": f"mine-{name}"})
+            engine.call("POST", f"{where}/rename", query={"name": f"renamed-{name}"})
             await _until(lambda: _inspected(host, name)["Name"] == inspected["Name"])
         case "limit":
             engine.call("POST", f"{where}/update", send={"NanoCpus": 700_000_000})
@@ -49,7 +49,7 @@ async def run_docker_action(host: ModelledHost, name: str, action: str) -> None:
     async with asyncio.timeout(limit(_NOTICED_S)):
         while container_pb2.ContainerState.Name((await host.caller.get(name)).status.state) != wanted_state:
             await asyncio.sleep(0.02)
-    host.known[name] = expected
+    host.containers[name] = expected
     return None
 
 
@@ -58,17 +58,17 @@ def _inspected(host: ModelledHost, name: str) -> Any:
 
 
 async def _start(host: ModelledHost, name: str, where: str) -> None:
-    """What it was given is claimed for it if it is free; else it is stopped again."""
+    """Start an engine container: the daemon claims its GPUs and ports if they are free, else it stops the container."""
     inspected = _inspected(host, name)
-    spec = host.known[name].spec
+    spec = host.containers[name].spec
     if len(gpus_of(inspected)) != spec.gpus or bool(inspected["HostConfig"]["PortBindings"]) != spec.port:
-        return None  # it was changed since it last ran, and what runs then is not what its spec says
+        return None  # the spec was changed since the last start
     try:
         host.rig.engine.call("POST", f"{where}/start")
     except HttpStatusError:
-        return None  # its port is another's by now
-    runs, stopped = host.known[name].copy(), host.known[name].copy()
-    runs.state, runs.holds, runs.cards = State.RUNNING, True, spec.gpus
+        return None  # another container has its port
+    runs, stopped = host.containers[name].copy(), host.containers[name].copy()
+    runs.state, runs.holds, runs.gpus = State.RUNNING, True, spec.gpus
     async with asyncio.timeout(limit(_NOTICED_S)):
         while True:
             with contextlib.suppress(AssertionError):
@@ -84,7 +84,7 @@ async def _until(holds: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def foreign_container(rig: Rig, engine_volume: str) -> Iterator[str]:
-    """A container that is none of the daemon's refers to a volume; its name in the engine."""
+    """An engine container that the daemon does not manage and that refers to a volume; yields its name."""
     name = f"foreign-{engine_volume}"
     send = {"Image": IMAGE, "HostConfig": {"Binds": [f"{engine_volume}:/theirs"]}}
     rig.engine.call("POST", "/containers/create", query={"name": name}, send=send)

@@ -1,4 +1,4 @@
-"""What is shown of a step that does not return: where the test, the daemon, the engine and the containers stand."""
+"""A report about a step that hangs: the stacks of test, daemon and engine, and the states of containers' processes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.rig import Daemon, Rig
 from tests.rig.patience import limit
 
 _LOG_TAIL = 60_000
-_SHOWN_WITHIN_S = 5.0
-# A log has no event for a new line.
+_DUMP_SECONDS = 5.0
+# The seconds between two reads of the log.
 _POLL_S = 0.05
 
 
 def hang_report(loop: asyncio.AbstractEventLoop, daemon: Daemon, rig: Rig) -> str:
-    """All of it, as text. Called from outside of `loop`, which the test's own calls wait in."""
+    """The report as text. `loop`, which runs the calls of the test, must run in another thread."""
     parts = {
         "the test": lambda: "\n".join(
             f"{task.get_name()}: {await_stack(task.get_coro())}" for task in asyncio.all_tasks(loop)
@@ -31,34 +31,34 @@ def hang_report(loop: asyncio.AbstractEventLoop, daemon: Daemon, rig: Rig) -> st
         "the engine": rig.engine.stacks,
         "the containers": lambda: "\n".join(_processes(rig)),
     }
-    return "\n".join(f"===== {name}\n{_tried(part)}" for name, part in parts.items())
+    return "\n".join(f"===== {name}\n{_run_part(part)}" for name, part in parts.items())
 
 
-def _tried(part: Callable[[], str]) -> str:
+def _run_part(part: Callable[[], str]) -> str:
     try:
         return part()
-    except Exception as error:  # noqa: BLE001 - one that cannot be had must not hide the others
+    except Exception as error:  # noqa: BLE001 - a part that fails must not hide the others
         return repr(error)
 
 
 def _stacks_of(daemon: Daemon) -> str:
     before = len(daemon.log_text)
     daemon.signal(signal.SIGUSR1)
-    deadline = time.monotonic() + limit(_SHOWN_WITHIN_S)
+    deadline = time.monotonic() + limit(_DUMP_SECONDS)
     while "task dump complete" not in daemon.log_text[before:] and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     return daemon.log_text[-_LOG_TAIL:]
 
 
 def _processes(rig: Rig) -> Iterator[str]:
-    """Each control group that can be frozen, and where in the kernel its processes wait."""
-    # Of control groups v1 and v2.
+    """Each control group with its freezer state, and the kernel function in which each process waits."""
+    # The names of control groups v1 and v2.
     for group, name in itertools.product(rig.control_groups, ("freezer.state", "cgroup.freeze")):
         if not (group / name).exists():
             continue
         yield f"{group}: {(group / name).read_text().strip()}"
         for pid in (group / "cgroup.procs").read_text().split():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError):  # the process has ended meanwhile
                 yield f"  {pid} {_state(Path('/proc', pid))}"
 
 

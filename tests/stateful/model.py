@@ -1,4 +1,4 @@
-"""What must be true of each container: a model so simple that it can be believed by reading it."""
+"""The model: the expected state of containers and volumes, without the rules of the daemon."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class State(StrEnum):
-    """The states that a container rests in, by the names that the contract gives them."""
+    """The states of a container without a running operation, named as in the contract."""
 
     RUNNING = "RUNNING"
     PAUSED = "PAUSED"
@@ -17,41 +17,41 @@ class State(StrEnum):
     FAILED = "FAILED"
 
 
-# Names below /work with what is in them. GROUP is a file of the image, which a container can only delete.
+# The content of files by name below /work. GROUP is a file of the image, which tests only delete.
 Files = dict[str, str]
 GROUP = "/etc/group"
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Of the spec, what the test changes."""
+    """The fields of a container's spec that the rules change."""
 
     gpus: int
     port: bool = False
     cpus: float = 0.0
     env: tuple[tuple[str, str], ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
-    # Target -> volume, in the order of the targets.
+    # (target, volume), in the order of the targets.
     mounts: tuple[tuple[str, str], ...] = ()
 
     @property
     def fixed(self) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str], ...]]:
-        """What takes a new engine container, also of what does not run."""
+        """The fields whose change needs a new engine container, also if the container is stopped."""
         return (self.env, self.mounts)
 
     @property
     def volumes(self) -> frozenset[str]:
-        """The names of those that it mounts."""
+        """The names of the mounted volumes."""
         return frozenset(volume for _, volume in self.mounts)
 
     def without(self, volume: str) -> Spec:
-        """The same, but that volume is mounted nowhere."""
+        """This spec without the mounts of a volume."""
         return replace(self, mounts=tuple(mount for mount in self.mounts if mount[1] != volume))
 
 
 @dataclass(frozen=True)
 class PastRevision:
-    """A revision that was replaced; `files` None: they were not kept."""
+    """An earlier revision; `files` None: its files were not kept."""
 
     spec: Spec
     files: tuple[tuple[str, str], ...] | None
@@ -59,7 +59,7 @@ class PastRevision:
 
 @dataclass
 class ExpectedContainer:
-    """One container, as it must be."""
+    """The expected state of a container."""
 
     name: str
     uid: str
@@ -69,30 +69,30 @@ class ExpectedContainer:
     files: Files = field(default_factory=dict)
     past: dict[int, PastRevision] = field(default_factory=dict)
     holds: bool = True
-    cards: int = 0
+    gpus: int = 0
 
     @property
     def runs(self) -> bool:
-        """Whether it has a process."""
+        """Whether the container has a process."""
         return self.state in (State.RUNNING, State.PAUSED)
 
     def copy(self) -> ExpectedContainer:
-        """One that can be changed without changing this one."""
+        """A copy that can be changed independently."""
         return replace(self, files=dict(self.files), past=dict(self.past))
 
     def changed(self, spec: Spec, *, kept: bool = True, files: Files | None = None) -> ExpectedContainer:
-        """After a change that made a revision; `files` are what it has then, if they are others than before."""
+        """The state after a change with a new revision. `files` are the files after it; None: they are unchanged."""
         after = self.copy()
-        # What the engine lost has no files to keep.
+        # A FAILED container has lost its engine container, and with it its files.
         known = tuple(sorted(self.files.items())) if kept and self.state is not State.FAILED else None
         after.past[self.revision] = PastRevision(self.spec, known)
         after.revision += 1
         after.spec = spec
         if self.runs:
-            after.cards = spec.gpus
+            after.gpus = spec.gpus
         else:
-            # What does not run keeps the cards that it holds, which may not be those that it asks for now.
-            after.holds = self.holds and (spec.gpus, spec.port) == (self.cards, self.spec.port)
+            # A stopped container keeps its claims only if they are those that the new spec needs.
+            after.holds = self.holds and (spec.gpus, spec.port) == (self.gpus, self.spec.port)
         if files is not None:
             after.files = dict(files)
         return after
@@ -100,25 +100,25 @@ class ExpectedContainer:
 
 @dataclass
 class ExpectedVolume:
-    """One volume, as it must be. Its files are not part of any revision of a container: they are as they were left."""
+    """The expected state of a volume. Its files are not part of a container's revision."""
 
     name: str
-    # What it was given at first and by each change, in MiB; 0: it is a plain one.
+    # The size at creation and after each change, in MiB; 0: a volume without a size.
     sizes: tuple[int, ...] = (0,)
     files: Files = field(default_factory=dict)
-    # What the engine calls it, where somebody made it in the engine.
+    # The name of the adopted engine volume, if the volume is one.
     adopted: str = ""
 
     @property
     def size_mib(self) -> int:
-        """The size of now."""
+        """The current size in MiB."""
         return self.sizes[-1]
 
     def resized(self, size_mib: int) -> ExpectedVolume:
-        """After a change of size that made a revision."""
+        """The state after a change of the size."""
         return replace(self, sizes=(*self.sizes, size_mib), files=dict(self.files))
 
 
 def containers_mounting(known: Iterable[ExpectedContainer], volume: str) -> list[str]:
-    """Who mounts a volume, whether it runs or not."""
+    """The names of all containers that mount a volume."""
     return sorted(container.name for container in known if volume in container.spec.volumes)

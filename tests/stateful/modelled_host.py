@@ -1,7 +1,7 @@
-"""One daemon behind a proxy that can harm it, and what the test knows of its containers.
+"""A host with one daemon behind an engine proxy, and the model of its expected containers and volumes.
 
-Every method does one thing to the world and to the model. Where an outcome is open (the daemon was killed, the engine
-was fault_occurred) the world is asked which of the possible ones came about; anything else is a failure.
+Every method changes the host and the model alike. Where several outcomes are allowed, because the daemon was killed or
+an engine call failed, the model takes over the one that the host shows; any other outcome is a failure.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from tests.stateful.model import GROUP, ExpectedContainer, ExpectedVolume, State
 from tests.stateful.observation import EngineView, Observation, files_of, writable_layer
 from tests.stateful.requests import spec_of
 
-# What a caller may be told when the engine refuses or drops a call, or the daemon dies.
+# The reasons of errors that a caller may get when the engine refuses or drops a call, or the daemon is killed.
 _REASONS_UNDER_FAULTS = {
     "ENGINE_UNAVAILABLE", "ENGINE_REJECTED", "START_FAILED", "LAYER_CARRY_FAILED", "SNAPSHOT_FAILED",
     "IMAGE_NOT_FOUND", "CONTAINER_NOT_RUNNING", "SHUTTING_DOWN", "STORE_UNAVAILABLE", "",
 }  # fmt: skip
 
 _MIB = 1 << 20
-# `df` may differ that much from the size, by what the filesystem takes for itself.
+# The size that `df` shows may differ from that of the volume by this share, which the filesystem needs.
 _SIZE_TOLERANCE = 0.02
 
 Act = Callable[[Caller], Awaitable[object]]
@@ -38,18 +38,18 @@ ExpectedState = ExpectedContainer | ExpectedVolume | None
 
 @dataclass(frozen=True)
 class Change:
-    """A request, and the two ends that it can come to. None: what it names is not there."""
+    """A request, and the expected states of its container or volume before and after it; None: it does not exist."""
 
     name: str
     act: Act
     before: ExpectedState
     after: ExpectedState
-    # Other containers that it changes on the way, as they are then.
+    # Other containers that the request changes, in their state after it.
     also: tuple[ExpectedContainer, ...] = ()
 
     @property
     def is_of_volume(self) -> bool:
-        """Whether what it names is one."""
+        """Whether the request is about a volume."""
         return isinstance(self.before, ExpectedVolume) or isinstance(self.after, ExpectedVolume)
 
 
@@ -65,14 +65,14 @@ class ModelledHost:
         self.node = flags[flags.index("--node-name") + 1]
         root = rig.engine.call("GET", "/info")["DockerRootDir"]
         self.snapshots = Path(root, "gpudock", "snapshots", self.node)
-        self.known: dict[str, ExpectedContainer] = {}
+        self.containers: dict[str, ExpectedContainer] = {}
         self.volumes: dict[str, ExpectedVolume] = {}
-        # What was seen last, once nothing was under way.
+        # The last observation without a running operation.
         self._observation = Observation.empty()
 
     @classmethod
     async def open(cls, rig: Rig, proxy: EngineProxy) -> ModelledHost:
-        """With a daemon that has a state of its own."""
+        """Start a daemon with a store prefix, a node name and a state folder of its own."""
         flags = (
             *FAST_FLAGS,
             *own_state_flags(),
@@ -84,7 +84,7 @@ class ModelledHost:
             "1",
             "--keep-revisions",
             "6",
-            # One that can only shrink by a copy.
+            # XFS can only shrink by a copy.
             "--volume-backend",
             "loop",
             "--volume-filesystem",
@@ -94,7 +94,7 @@ class ModelledHost:
         return cls(rig, proxy, Caller(daemon.target), daemon, flags)
 
     async def close(self) -> None:
-        """Everything is deleted, and nothing is left."""
+        """Delete everything, and assert that nothing is left; stops the daemon."""
         self.proxy.faults.clear()
         try:
             await self.caller.delete_all()
@@ -102,45 +102,45 @@ class ModelledHost:
             assert not EngineView.read(self.rig, self.node).by_name
             assert not self._engine_volumes()
             assert not loop_devices_below(self.daemon.state_dir)
-            for container in self.known.values():
+            for container in self.containers.values():
                 assert not (self.snapshots / container.uid).exists()
         finally:
             await self.caller.channel.close(None)
             await asyncio.to_thread(self.daemon.stop)
 
-    # -- what must be true ---------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------------------------
 
     async def check(self, *names: str) -> None:
-        """Of these containers and volumes, or of all: records, files, snapshots, engine and claims agree."""
+        """Observe the host and compare these containers and volumes, or all, with the model."""
         self._observation = await self._observe()
-        for name in names or tuple(self.known):
-            if name in self.known:
-                wrong = await self._differences(self.known[name], self._observation)
-                assert not wrong, f"{name}: {wrong}"
-        await self.check_settled(*(names or (*self.known, *self.volumes)))
+        for name in names or tuple(self.containers):
+            if name in self.containers:
+                differences = await self._differences(self.containers[name], self._observation)
+                assert not differences, f"{name}: {differences}"
+        await self.check_settled(*(names or (*self.containers, *self.volumes)))
         if not names:
             await asyncio.to_thread(self._check_host, self._observation)
 
     async def check_settled(self, *names: str) -> None:
-        """What was just settled agrees with all else, as it was seen then."""
+        """Compare the last observation with the model, for what concerns several containers and volumes."""
         observation = self._observation
         for uuid, users in observation.engine.users_of_running_gpus.items():
-            assert len(users) == 1, f"card {uuid} runs in {users}"
-        assert observation.containers.keys() == self.known.keys()
+            assert len(users) == 1, f"GPU {uuid} is used by {users}"
+        assert observation.containers.keys() == self.containers.keys()
         assert observation.volumes.keys() == self.volumes.keys()
-        assert set(observation.holders.values()) <= self.known.keys(), observation.holders
-        unknown = observation.engine.by_name.keys() - self.known.keys()
+        assert set(observation.holders.values()) <= self.containers.keys(), observation.holders
+        unknown = observation.engine.by_name.keys() - self.containers.keys()
         assert not unknown, f"engine containers of containers that the model does not have: {unknown}"
-        mounted = {volume for name in names if name in self.known for volume in self.known[name].spec.volumes}
+        mounted = {volume for name in names if name in self.containers for volume in self.containers[name].spec.volumes}
         for name in mounted | (self.volumes.keys() & set(names)):
-            wrong = await asyncio.to_thread(self._wrong_volume, self.volumes[name], observation)
+            differences = await asyncio.to_thread(self._volume_differences, self.volumes[name], observation)
             shown = list(observation.volumes[name].attached_containers)
-            users = containers_mounting(self.known.values(), name)
-            assert (wrong, shown) == ([], users), name
+            users = containers_mounting(self.containers.values(), name)
+            assert (differences, shown) == ([], users), name
 
     def _check_host(self, observation: Observation) -> None:
-        """What volumes are made of is there once, and nothing else is."""
-        made = {seen.mountpoint for name, seen in observation.volumes.items() if not self.volumes[name].adopted}
+        """Assert that each volume has one engine volume or loop device, and that there are no others."""
+        made = {volume.mountpoint for name, volume in observation.volumes.items() if not self.volumes[name].adopted}
         assert self._engine_volumes() == made
         sized = [volume.name for volume in self.volumes.values() if volume.size_mib]
         loops = loop_devices_below(self.daemon.state_dir)
@@ -156,59 +156,59 @@ class ModelledHost:
         return await Observation.read(self.rig, self.node, self.caller)
 
     async def _differences(self, expected: ExpectedContainer, observation: Observation) -> list[str]:
-        """What is not as expected, in words."""
+        """The differences between a container and the model, in words."""
         now = observation.containers[expected.name]
         state = container_pb2.ContainerState.Name(now.status.state).removeprefix("CONTAINER_STATE_")
-        wrong = []
+        differences = []
         if state != expected.state:
-            wrong.append(f"is {state}, not {expected.state}: {now.status.message}")
+            differences.append(f"is {state}, not {expected.state}: {now.status.message}")
         if (now.revision, spec_of(now)) != (expected.revision, expected.spec):
-            wrong.append(f"is at {now.revision} {spec_of(now)}, not at {expected.revision} {expected.spec}")
+            differences.append(f"is at {now.revision} {spec_of(now)}, not at {expected.revision} {expected.spec}")
         held = sorted(uuid for uuid, name in observation.holders.items() if name == expected.name)
         if (
             held != sorted(now.status.gpu_uuids)
-            or len(held) != expected.cards
+            or len(held) != expected.gpus
             or now.status.holds_resources != expected.holds
         ):
-            wrong.append(
-                f"holds {held}, shows {list(now.status.gpu_uuids)}, is to have {expected.cards} ({expected.holds})"
+            differences.append(
+                f"holds {held}, shows {list(now.status.gpu_uuids)}, is to have {expected.gpus} ({expected.holds})"
             )
         if expected.state is State.FAILED:
-            return wrong + (["holds something, and is lost"] if held else [])
+            return differences + (["is FAILED and holds GPUs"] if held else [])
         ours = observation.engine.by_name.get(expected.name, [])
         if [found["Id"] for found in ours] != [now.status.engine_id]:
-            return [*wrong, f"has the engine containers {[found['Name'] for found in ours]}"]
+            return [*differences, f"has the engine containers {[found['Name'] for found in ours]}"]
         if ours[0]["State"]["Running"] != expected.runs:
-            # Else a record that has not yet followed would be believed.
-            wrong.append(f"is {ours[0]['State']['Status']} in the engine")
+            # The record may be older than the state of the engine.
+            differences.append(f"is {ours[0]['State']['Status']} in the engine")
         found = files_of(writable_layer(ours[0]))
         if found != expected.files:
-            wrong.append(f"has the files {found}, not {expected.files}")
+            differences.append(f"has the files {found}, not {expected.files}")
         if (mounted := observation.mounts_of(ours[0])) != dict(expected.spec.mounts):
-            wrong.append(f"has {mounted} mounted, not {expected.spec.mounts}")
-        return wrong + await self._wrong_history(expected)
+            differences.append(f"has {mounted} mounted, not {expected.spec.mounts}")
+        return differences + await self._history_differences(expected)
 
-    def _wrong_volume(self, expected: ExpectedVolume, observation: Observation) -> list[str]:
-        """What of a volume is not as expected, in words."""
-        seen = observation.volumes[expected.name]
-        if seen.state != volume_pb2.VOLUME_STATE_READY or seen.operation_id:
-            return [f"is {volume_pb2.VolumeState.Name(seen.state)}, with the operation {seen.operation_id!r}"]
-        wrong = []
+    def _volume_differences(self, expected: ExpectedVolume, observation: Observation) -> list[str]:
+        """The differences between a volume and the model, in words."""
+        volume = observation.volumes[expected.name]
+        if volume.state != volume_pb2.VOLUME_STATE_READY or volume.operation_id:
+            return [f"is {volume_pb2.VolumeState.Name(volume.state)}, with the operation {volume.operation_id!r}"]
+        differences = []
         size, backend = expected.size_mib * _MIB, volume_pb2.VOLUME_BACKEND_LOOP
-        if seen.backend != (backend if size else volume_pb2.VOLUME_BACKEND_PLAIN):
-            wrong.append(f"is made of {volume_pb2.VolumeBackend.Name(seen.backend)}")
-        if (seen.size_bytes, seen.revision) != (size, len(expected.sizes)):
-            wrong.append(f"has {seen.size_bytes} bytes at revision {seen.revision}, not {expected.sizes} MiB")
-        shown = observation.visible_size(seen) if size else None
+        if volume.backend != (backend if size else volume_pb2.VOLUME_BACKEND_PLAIN):
+            differences.append(f"is made of {volume_pb2.VolumeBackend.Name(volume.backend)}")
+        if (volume.size_bytes, volume.revision) != (size, len(expected.sizes)):
+            differences.append(f"has {volume.size_bytes} bytes at revision {volume.revision}, not {expected.sizes} MiB")
+        shown = observation.visible_size(volume) if size else None
         if shown is not None and abs(shown - size) > size * _SIZE_TOLERANCE:
-            wrong.append(f"shows a size of {shown}, not {size}")
-        found = observation.files_in_volume(seen, self.daemon.state_dir / "volumes" / seen.uid / "device")
+            differences.append(f"shows a size of {shown}, not {size}")
+        found = observation.files_in_volume(volume, self.daemon.state_dir / "volumes" / volume.uid / "device")
         if found != expected.files:
-            wrong.append(f"has the files {found}, not {expected.files}")
-        return wrong
+            differences.append(f"has the files {found}, not {expected.files}")
+        return differences
 
-    async def _wrong_history(self, expected: ExpectedContainer) -> list[str]:
-        wrong = []
+    async def _history_differences(self, expected: ExpectedContainer) -> list[str]:
+        differences = []
         history = {found.revision: found for found in await self.caller.revisions(expected.name)}
         if sorted(history) != sorted([*expected.past, expected.revision]):
             return [f"has the revisions {sorted(history)}, not {sorted([*expected.past, expected.revision])}"]
@@ -216,65 +216,68 @@ class ModelledHost:
             tree = self.snapshots / expected.uid / str(number) / "tree"
             kept = tuple(sorted(files_of(tree).items())) if tree.is_dir() else None
             if kept != past.files or history[number].HasField("snapshot") != (kept is not None):
-                wrong.append(f"revision {number} kept {kept}, not {past.files}")
-        return wrong
+                differences.append(f"revision {number} kept {kept}, not {past.files}")
+        return differences
 
     async def settle(self, name: str, *candidates: ExpectedContainer | None) -> None:
-        """Find out which of the candidates came about (None: the container is not there), and believe that one."""
+        """Wait for running operations, then take the candidate that equals the observation over into the model.
+
+        The candidate None: the container does not exist. Raises AssertionError if no candidate equals it.
+        """
         await self.caller.until_idle()
         self.proxy.faults.clear()
         self._observation = observation = await self._observe()
-        there = name in observation.containers
+        exists = name in observation.containers
         found: list[object] = []
         for candidate in candidates:
-            if candidate is None or not there:
-                wrong = [] if (candidate is None) == (not there) else ["it is there" if there else "it is not there"]
+            if candidate is None or not exists:
+                differences = _existence_differences(expected=candidate is not None, exists=exists)
             else:
-                wrong = await self._differences(candidate, observation)
-            if not wrong:
+                differences = await self._differences(candidate, observation)
+            if not differences:
                 if candidate is None:
-                    self.known.pop(name, None)
+                    self.containers.pop(name, None)
                 else:
-                    self.known[name] = candidate
+                    self.containers[name] = candidate
                 return
-            found.append(wrong)
-        raise AssertionError(f"{name} is none of what it could be: {found}")
+            found.append(differences)
+        raise AssertionError(f"{name} equals none of the allowed outcomes: {found}")
 
     async def settle_volume(self, name: str, *candidates: ExpectedVolume | None) -> None:
-        """The same of a volume. One whose deletion was broken off in the middle is deleted by the same call again."""
+        """As `settle`, for a volume. A volume in state DELETING is deleted by a second call."""
         await self.caller.until_idle()
         self.proxy.faults.clear()
         self._observation = observation = await self._observe()
-        seen = observation.volumes.get(name)
-        if None in candidates and seen is not None and seen.state == volume_pb2.VOLUME_STATE_DELETING:
+        volume = observation.volumes.get(name)
+        if None in candidates and volume is not None and volume.state == volume_pb2.VOLUME_STATE_DELETING:
             await self.caller.delete_volume(name)
             self._observation = observation = await self._observe()
-            seen = observation.volumes.get(name)
+            volume = observation.volumes.get(name)
         found: list[object] = []
         for candidate in candidates:
-            if candidate is None or seen is None:
-                wrong = [] if (candidate is None) == (seen is None) else ["it is there" if seen else "it is not there"]
+            if candidate is None or volume is None:
+                differences = _existence_differences(expected=candidate is not None, exists=volume is not None)
             else:
-                wrong = await asyncio.to_thread(self._wrong_volume, candidate, observation)
-            if not wrong:
+                differences = await asyncio.to_thread(self._volume_differences, candidate, observation)
+            if not differences:
                 if candidate is None:
                     self.volumes.pop(name, None)
                 else:
                     self.volumes[name] = candidate
                 return
-            found.append(wrong)
-        raise AssertionError(f"{name} is none of what it could be: {found}")
+            found.append(differences)
+        raise AssertionError(f"{name} equals none of the allowed outcomes: {found}")
 
-    # -- what is done --------------------------------------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------------------------------
 
     async def act(self, change: Change) -> None:
-        """Do something that must succeed, or, where something was fault_occurred, be undone; and be told which."""
-        told = await _failure_or_none(change.act(self.caller))
-        assert told is None or told.reason in _REASONS_UNDER_FAULTS, told
-        assert told is None or self.fault_occurred, f"it failed with nothing fault_occurred: {told}"
-        if told is None:
+        """Make a request that must succeed or, after an engine fault, be undone, as its caller's result says."""
+        error = await _failure_or_none(change.act(self.caller))
+        assert error is None or error.reason in _REASONS_UNDER_FAULTS, error
+        assert error is None or self.fault_occurred, f"failed without an engine fault: {error}"
+        if error is None:
             await self._settle_change(change, change.after)
-        elif _outcome_is_unknown(told):
+        elif _outcome_is_unknown(error):
             await self._settle_change(change, change.before, change.after, failed=True)
         else:
             await self._settle_change(change, change.before, failed=True)
@@ -285,10 +288,10 @@ class ModelledHost:
         return self.proxy.faults.met
 
     async def _settle_change(self, change: Change, *ends: ExpectedState, failed: bool = False) -> None:
-        """Find out to which of these ends it came. With `failed` what ran may have been left stopped."""
+        """Take over which of `ends` has come about. With `failed`, running containers may have been left stopped."""
         for container in change.also:
-            # It may have been changed before the rest failed, whatever was told.
-            others = (container,) if ends == (change.after,) else (self.known[container.name], container)
+            # The change of this container may have succeeded although the request failed.
+            others = (container,) if ends == (change.after,) else (self.containers[container.name], container)
             await self.settle(container.name, *others, *(_left_by_failure(others, None) if failed else ()))
         if change.is_of_volume:
             await self.settle_volume(change.name, *(end for end in ends if not isinstance(end, ExpectedContainer)))
@@ -297,35 +300,34 @@ class ModelledHost:
         await self.settle(change.name, *containers, *(_left_by_failure(containers, change.before) if failed else ()))
 
     async def kill_during(self, change: Change, seconds: float) -> bool:
-        """`kill -9` so many seconds after it has begun; the next daemon brings it to one of its two ends.
+        """Make a request and kill the daemon `seconds` later; the next daemon completes or undoes the operation.
 
-        Whether the daemon was killed before it had ended.
+        Returns whether the daemon was killed before the request had ended.
         """
-        # What the caller is told is that the connection broke, or the outcome, where it was quicker.
-        going = asyncio.ensure_future(_failure_or_none(change.act(self.caller)))
+        request = asyncio.ensure_future(_failure_or_none(change.act(self.caller)))
         await asyncio.sleep(seconds)
-        ended = going.done()
-        succeeded = ended and going.result() is None
+        ended = request.done()
+        succeeded = ended and request.result() is None
         await self.restart(kill=True)
-        await going
+        await request
         await self._settle_change(change, *([change.after] if succeeded else [change.before, change.after]))
         return not ended
 
     async def cancel_during(self, change: Change, seconds: float) -> bool:
-        """CancelOperation so long after it began: it is undone, or says that it cannot be. Whether it was undone."""
-        going = asyncio.ensure_future(_failure_or_none(change.act(self.caller)))
+        """Make a request and cancel its operation `seconds` later; returns whether the operation was undone."""
+        request = asyncio.ensure_future(_failure_or_none(change.act(self.caller)))
         await asyncio.sleep(seconds)
-        while not going.done():
-            if under_way := await self._running_operations():
-                request = operation_service_pb2.CancelOperationRequest(id=under_way[0].id)
-                refused = await _failure_or_none(self.caller.operations.CancelOperation(request))
+        while not request.done():
+            if running := await self._running_operations():
+                cancel = operation_service_pb2.CancelOperationRequest(id=running[0].id)
+                refused = await _failure_or_none(self.caller.operations.CancelOperation(cancel))
                 assert refused is None or refused.reason == "OPERATION_NOT_CANCELLABLE", refused
                 break
             await asyncio.sleep(0.01)
-        told = await going
-        assert told is None or told.reason == "OPERATION_CANCELLED", told
-        await self._settle_change(change, change.after if told is None else change.before)
-        return told is not None
+        error = await request
+        assert error is None or error.reason == "OPERATION_CANCELLED", error
+        await self._settle_change(change, change.after if error is None else change.before)
+        return error is not None
 
     async def _running_operations(self) -> list[operation_pb2.Operation]:
         wanted = operation_service_pb2.OperationFilter(states=[operation_pb2.OPERATION_STATE_RUNNING])
@@ -333,14 +335,14 @@ class ModelledHost:
         return list(listed.operations)
 
     async def refused(self, act: Act, reason: str, holders: Collection[str] = ()) -> None:
-        """Do something that must be refused, for that reason; nothing is changed."""
-        told = await failure(act(self.caller))
-        assert told.reason == reason, told
+        """Make a request that must fail with `reason` and, if given, name these `holders`."""
+        error = await failure(act(self.caller))
+        assert error.reason == reason, error
         if holders:
-            assert told.metadata["holders"].split(",") == sorted(holders), told
+            assert error.metadata["holders"].split(",") == sorted(holders), error
 
     async def restart(self, *, kill: bool) -> None:
-        """Another daemon in the place of this one."""
+        """Stop or kill the daemon, and start its successor."""
         await asyncio.to_thread(self.daemon.kill9 if kill else self.daemon.stop)
         self.proxy.faults.clear()
         old = self.daemon
@@ -351,8 +353,8 @@ class ModelledHost:
         self.caller = Caller(self.daemon.target)
 
     async def write(self, name: str, file: str, content: str | None) -> None:
-        """Write a file, or (None) delete one."""
-        expected = self.known[name]
+        """Write a file of a container; `content` None deletes it."""
+        expected = self.containers[name]
         if file == GROUP:
             script = f"rm -f {GROUP}"
             expected.files[GROUP] = "deleted"
@@ -365,8 +367,8 @@ class ModelledHost:
         await self.caller.shell(name, script)
 
     async def write_in_volume(self, name: str, target: str, file: str, content: str | None) -> None:
-        """The same with a file of a volume that it mounts."""
-        files = self.volumes[dict(self.known[name].spec.mounts)[target]].files
+        """Write a file of a volume that a container mounts at `target`; `content` None deletes it."""
+        files = self.volumes[dict(self.containers[name].spec.mounts)[target]].files
         if content is None:
             files.pop(file, None)
             script = f"rm -f {target}/{file}"
@@ -376,8 +378,12 @@ class ModelledHost:
         await self.caller.shell(name, script)
 
 
+def _existence_differences(*, expected: bool, exists: bool) -> list[str]:
+    return [] if expected == exists else ["exists" if exists else "does not exist"]
+
+
 async def _failure_or_none(call: Awaitable[object]) -> Failure | None:
-    """How it failed; None: it did not."""
+    """The error of a call; None if it succeeds."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -385,19 +391,19 @@ async def _failure_or_none(call: Awaitable[object]) -> Failure | None:
     return None
 
 
-def _outcome_is_unknown(told: Failure) -> bool:
-    """Whether what a caller is told says neither that it was done nor that it was not."""
-    message = told.message or "the connection broke"
+def _outcome_is_unknown(error: Failure) -> bool:
+    """Whether an error does not say if the request was executed."""
+    message = error.message or "the connection broke"
     return "does not answer" in message or "shutting down" in message or "connection" in message.lower()
 
 
 def _left_by_failure(ends: Iterable[ExpectedContainer | None], before: ExpectedState) -> list[ExpectedContainer]:
-    """How else what has failed may be left, and be told to be."""
+    """Further states in which a failed request may leave its container."""
     ran = [container for container in ends if container and container.runs]
-    # A container that was stopped on the way, or could not be started again, is told as it is.
+    # A container that was stopped by the operation and could not be started again.
     left = [_with_state(container, state) for state in (State.EXITED, State.STOPPED) for container in ran]
     if ran and isinstance(before, ExpectedContainer) and before.state is State.PAUSED:
-        # What is frozen is thawed to be stopped.
+        # A paused container is unpaused before it is stopped.
         left.append(_with_state(before, State.RUNNING))
     return left
 

@@ -1,4 +1,4 @@
-"""What there really is: files read from where they lie, cards and mounts from the engine, the rest by the API."""
+"""The state of a host: files read from the disk, GPUs and mounts from the engine, the rest by the API."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.stateful.model import GROUP, Files
 
 
 def files_of(layer: Path) -> Files:
-    """What a writable layer, or a snapshot of one, says of the files that the test plays with."""
+    """The files of the test in a writable layer or a snapshot, and GROUP if it is deleted there."""
     work = layer / "work"
     found = _texts_in(work) if work.is_dir() else {}
     group = layer / GROUP.lstrip("/")
     if group.is_symlink() or group.exists():
         status = group.lstat()
-        assert stat.S_ISCHR(status.st_mode), "an image's file can only be deleted here"
+        assert stat.S_ISCHR(status.st_mode), "GROUP is a file of the image, which tests only delete"
         assert status.st_rdev == 0
         found[GROUP] = "deleted"
     return found
@@ -38,19 +38,19 @@ def _texts_in(folder: Path) -> Files:
 
 
 def writable_layer(inspected: dict[str, Any]) -> Path:
-    """The writable layer of an engine container."""
+    """The folder of an engine container's writable layer."""
     return Path(inspected["GraphDriver"]["Data"]["UpperDir"])
 
 
 @dataclass(frozen=True)
 class EngineView:
-    """Our engine containers, inspected, by name of the container that they belong to."""
+    """The inspected engine containers of one node, by the name of their container."""
 
     by_name: dict[str, list[dict[str, Any]]]
 
     @classmethod
     def read(cls, rig: Rig, node: str) -> EngineView:
-        """All of a node's."""
+        """Read all engine containers of a node."""
         by_name: dict[str, list[dict[str, Any]]] = {}
         query = {"all": "1", "filters": f'{{"label":["gpudock.node={node}"]}}'}
         for listed in rig.engine.call("GET", "/containers/json", query=query):
@@ -60,7 +60,7 @@ class EngineView:
 
     @property
     def users_of_running_gpus(self) -> dict[str, list[str]]:
-        """Who has each card in the engine, of those that run: one name, or something is wrong."""
+        """The names of the running containers with each GPU; more than one is an error."""
         users: dict[str, list[str]] = {}
         for name, containers in self.by_name.items():
             for inspected in containers:
@@ -70,7 +70,7 @@ class EngineView:
         return users
 
     def mount_paths(self, mountpoint: str) -> Iterator[Path]:
-        """Where a volume is seen: once for each mount of it in what runs."""
+        """The paths of a volume in running containers, one for each mount."""
         for inspected in (
             container
             for containers in self.by_name.values()
@@ -84,7 +84,7 @@ class EngineView:
 
 @dataclass(frozen=True)
 class Observation:
-    """What there is at one moment: containers, volumes, and the engine's containers by name; who holds each card."""
+    """Containers, volumes and engine containers by name, and the holders of GPUs, at one time."""
 
     containers: dict[str, container_pb2.Container]
     engine: EngineView
@@ -93,7 +93,7 @@ class Observation:
 
     @classmethod
     async def read(cls, rig: Rig, node: str, caller: Caller) -> Self:
-        """As of now."""
+        """Read the current state."""
         listed, engine, holders, volumes = await asyncio.gather(
             caller.containers.ListContainers(container_service_pb2.ListContainersRequest()),
             asyncio.to_thread(EngineView.read, rig, node),
@@ -105,32 +105,35 @@ class Observation:
 
     @classmethod
     def empty(cls) -> Self:
-        """Before anything is there."""
+        """The state of a host without containers and volumes."""
         return cls({}, EngineView({}), {}, {})
 
     def mounts_of(self, inspected: dict[str, Any]) -> dict[str, str]:
-        """Target -> volume, of an engine container; what is none of ours is called as the engine calls it."""
+        """The volume by mount target of an engine container; for a mount of no volume, the source of the mount."""
         names = {volume.mountpoint: name for name, volume in self.volumes.items()}
         return {mount["Destination"]: names.get(mount["Source"], mount["Source"]) for mount in inspected["Mounts"]}
 
     def files_in_volume(self, volume: volume_pb2.Volume, device: Path) -> Files:
-        """What a volume holds, each user having it as all others; `device` is what one with a size is mounted from."""
-        seen = [_texts_in(mount_path) for mount_path in self.engine.mount_paths(volume.mountpoint)]
-        assert all(files == seen[0] for files in seen), f"{volume.name} has different files in its users: {seen}"
-        if seen:
-            return seen[0]
+        """The files of a volume, which all running containers must see alike.
+
+        `device` is the device that a volume with a size is mounted from.
+        """
+        views = [_texts_in(mount_path) for mount_path in self.engine.mount_paths(volume.mountpoint)]
+        assert all(files == views[0] for files in views), f"different files in {volume.name}: {views}"
+        if views:
+            return views[0]
         return _texts_on_device(device) if volume.size_bytes else _texts_in(Path(volume.mountpoint))
 
     def visible_size(self, volume: volume_pb2.Volume) -> int | None:
-        """The size that those who run see, in bytes; None where none does."""
+        """The size in bytes that a running container sees; None if no running container mounts the volume."""
         for mount_path in self.engine.mount_paths(volume.mountpoint):
-            shown = os.statvfs(mount_path)
-            return shown.f_blocks * shown.f_frsize
+            status = os.statvfs(mount_path)
+            return status.f_blocks * status.f_frsize
         return None
 
 
 async def volumes_of(caller: Caller) -> dict[str, volume_pb2.Volume]:
-    """All that there are, as a watch lists them: unlike ListVolumes it does not measure them, which costs a process."""
+    """All volumes, as a watch lists them: unlike ListVolumes, it does not start a process that measures usage."""
     found = {}
     watch = caller.volumes.WatchVolumes(volume_service_pb2.WatchVolumesRequest())
     async for answer in watch:
@@ -142,7 +145,7 @@ async def volumes_of(caller: Caller) -> dict[str, volume_pb2.Volume]:
 
 
 def _texts_on_device(device: Path) -> Files:
-    """The files of a device that nothing has mounted: copied from where nobody else sees it mounted."""
+    """The files of a device that is not mounted: mount it in a new mount namespace, and copy them."""
     with tempfile.TemporaryDirectory() as folder:
         mount_path, copies = Path(folder, "mount_path"), Path(folder, "copies")
         mount_path.mkdir()

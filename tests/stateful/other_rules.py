@@ -1,4 +1,4 @@
-"""The rules of what else happens to a host: other daemons, the docker command, and who reads everything."""
+"""Other rules: a successor of the daemon, docker commands, and reads of everything."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tests.stateful.sequence_shrinker import Draws
 class OtherRules(RuleBase):
     """See the module's docstring."""
 
-    @precondition(lambda self: self.changed_since_check and bool(self.host.known))
+    @precondition(lambda self: self.changed_since_check and bool(self.host.containers))
     @rule(kill=st.booleans())
     @counted
     def replace_daemon(self, kill: bool) -> None:
-        """Killed or stopped, with nothing under way."""
+        """Replace the daemon, killed or stopped, while no operation is running."""
         self.loop.run(self.host.restart(kill=kill))
         self.loop.run(self.host.check())
         self.changed_since_check = False
@@ -27,24 +27,24 @@ class OtherRules(RuleBase):
     @rule(data=st.data(), action=st.sampled_from(("rm", "stop", "kill", "pause", "start", "rename", "limit")))
     @counted
     def docker_command(self, data: Draws, action: str) -> None:
-        """The docker command does something to one of its containers."""
+        """Change an engine container with the docker command."""
         states = {"rm": (RUNNING, EXITED), "start": (EXITED, STOPPED), "rename": RESTING}.get(action, (RUNNING,))
         if not self.has_container(*states):
             return self.skip()
         container = self.choose_container(data, *states)
-        # Not often: what is removed is lost for the rest of the sequence, unless it is rolled back.
+        # Remove seldom: a removed container is lost for the rest of the sequence, unless it is rolled back.
         if action == "rm" and not data.flag("really"):
             return self.skip()
         self.loop.run(run_docker_action(self.host, container.name, action))
         self.tally[f"docker {action}"] += 1
         return self.loop.run(self.host.check(container.name))
 
-    # Once is enough: what was looked at is not looked at again before anything else has happened.
+    # A check need not be repeated before the next change.
     @precondition(lambda self: self.changed_since_check)
     @rule()
     @counted
     def check_everything(self) -> None:
-        """Everything agrees, by whichever call it is asked for."""
+        """Compare everything with the model, by every RPC that reads."""
         self.loop.run(self.host.check())
         self.loop.run(check_all_reads(self.host))
         self.changed_since_check = False

@@ -1,4 +1,4 @@
-"""Every call that only reads, once each: they tell of one world, and it is the model's."""
+"""Checks of every RPC that reads: their answers agree with each other and with the model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.stateful.model import ExpectedContainer, ExpectedVolume
 from tests.stateful.modelled_host import ModelledHost
 
 _MIB = 1 << 20
-# Within so many seconds a comparison goes through that was broken off by an engine which was fault_occurred.
+# A reconcile pass that was aborted by an engine fault is repeated within so many seconds of an idle machine.
 _COMPARED_S = 20.0
 
 
 async def check_all_reads(host: ModelledHost) -> None:
-    """While nothing is under way."""
+    """Check all RPCs that read. No operation may be running."""
     await _node(host)
     await _containers(host)
-    for container in host.known.values():
+    for container in host.containers.values():
         await _revision(host.caller, container)
     await _volumes(host)
     await _operations(host.caller)
@@ -37,19 +37,19 @@ async def check_all_reads(host: ModelledHost) -> None:
 async def _node(host: ModelledHost) -> None:
     nodes = host.caller.nodes
     node = (await nodes.GetNode(node_service_pb2.GetNodeRequest())).node
-    held = sum(container.cards for container in host.known.values())
+    held = sum(container.gpus for container in host.containers.values())
     assert (node.name, node.claimed_gpus) == (host.node, held)
     promised = sum(volume.size_mib for volume in host.volumes.values())
     assert node.volume_pool.promised_bytes == promised * _MIB
     ports = (await nodes.ListPorts(node_service_pb2.ListPortsRequest())).ports
-    assert len({port.host_port for port in ports}) == len(ports), "no port is held twice"
+    assert len({port.host_port for port in ports}) == len(ports), "a port is held twice"
     shown: dict[str, set[int]] = {}
     for port in ports:
         shown.setdefault(port.container, set()).add(port.host_port)
-    for name in host.known:
+    for name in host.containers:
         status = (await host.caller.get(name)).status
         assert {port.host_port for port in status.ports} == shown.pop(name, set()), name
-    assert not shown, f"ports that are held by nobody: {shown}"
+    assert not shown, f"ports of unknown containers: {shown}"
     assert all(component.healthy for component in node.components), node.components
 
 
@@ -60,7 +60,7 @@ async def _containers(host: ModelledHost) -> None:
         container.name: container_pb2.ContainerState.Name(container.status.state).removeprefix("CONTAINER_STATE_")
         for container in listed
     }
-    assert states == {name: container.state.value for name, container in host.known.items()}
+    assert states == {name: container.state.value for name, container in host.containers.items()}
     watch = containers.WatchContainers(container_service_pb2.WatchContainersRequest())
     watched = []
     async for answer in watch:
@@ -85,7 +85,7 @@ async def _volumes(host: ModelledHost) -> None:
     for shown in listed:
         expected = host.volumes[shown.name]
         if expected.size_mib:
-            # The files are few: most of that is the filesystem's own.
+            # Volumes have few files; the filesystem itself uses most of this.
             assert shown.used_bytes < expected.size_mib * _MIB // 4
         alone = await caller.volume(expected.name)
         assert (alone.size_bytes, alone.etag, alone.used_bytes >= 0) == (shown.size_bytes, shown.etag, True)
@@ -113,8 +113,8 @@ async def _operations(caller: Caller) -> None:
 
 
 async def _drift(host: ModelledHost) -> None:
-    """What differs is known by name, and the last comparison went through."""
+    """Every drift names its container, and the last reconcile pass was complete."""
     async with asyncio.timeout(limit(_COMPARED_S)):
-        while (seen := await host.caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).trouble:
+        while (answer := await host.caller.nodes.ListDrift(node_service_pb2.ListDriftRequest())).trouble:
             await asyncio.sleep(0.05)
-    assert all(entry.container for entry in seen.drift), seen.drift
+    assert all(entry.container for entry in answer.drift), answer.drift

@@ -1,4 +1,4 @@
-"""What the rules ask for, as the contract has it, and what it makes of the model."""
+"""Conversions between the model and the messages of the contract."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NEVER = container_pb2.SNAPSHOT_POLICY_NEVER
 
 
 def mounts_of(spec: Spec) -> list[container_pb2.Mount]:
-    """What a spec mounts, as the contract has it."""
+    """The mounts of a spec as messages."""
     return [container_pb2.Mount(volume=volume, target=target) for target, volume in spec.mounts]
 
 
 def fields_of(spec: Spec) -> dict[str, Any]:
-    """A spec as the contract's fields."""
+    """The fields of a spec message."""
     return {
         "ports": [_PORT] if spec.port else [],
         "cpus": spec.cpus,
@@ -30,7 +30,7 @@ def fields_of(spec: Spec) -> dict[str, Any]:
 
 
 def spec_of(container: container_pb2.Container) -> Spec:
-    """Of a container's spec, what the test changes."""
+    """The model's spec of a container message."""
     spec = container.spec
     return Spec(
         gpus=spec.gpus.count,
@@ -43,17 +43,17 @@ def spec_of(container: container_pb2.Container) -> Spec:
 
 
 def snapshot_fields(keep: bool) -> dict[str, Any]:
-    """The word for whether files are kept, as a call has it."""
+    """The field of a request that says whether files are kept."""
     return {} if keep else {"snapshots": _NEVER}
 
 
 def new_container(name: str, spec: Spec) -> ExpectedContainer:
-    """A container whose uid the server has yet to choose."""
-    return ExpectedContainer(name=name, uid="", state=State.RUNNING, spec=spec, cards=spec.gpus)
+    """A new container; its uid is known once it is created."""
+    return ExpectedContainer(name=name, uid="", state=State.RUNNING, spec=spec, gpus=spec.gpus)
 
 
 def pruned(container: ExpectedContainer, keep: int) -> ExpectedContainer:
-    """With no more than `keep` revisions, the current one among them."""
+    """The container with at most `keep` revisions, including the current one."""
     after = container.copy()
     for number in sorted(after.past)[: max(0, len(after.past) - keep + 1)]:
         del after.past[number]
@@ -61,5 +61,5 @@ def pruned(container: ExpectedContainer, keep: int) -> ExpectedContainer:
 
 
 def restorable(container: ExpectedContainer) -> Sequence[tuple[int, PastRevision]]:
-    """The revisions that can be returned to with their files."""
+    """The earlier revisions whose files were kept."""
     return [(number, past) for number, past in sorted(container.past.items()) if past.files is not None]

@@ -1,4 +1,4 @@
-"""What all rules draw from: what there is, and what goes wrong meanwhile."""
+"""The base of all rules: how they draw containers and volumes, and the disturbance of a change."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 RUNNING, PAUSED, EXITED, STOPPED, FAILED = State
 RESTING = (RUNNING, STOPPED, EXITED)
-# Of these troubles each must have been met, and so often; else the sequences were too tame to show anything.
+# Each disturbance must have occurred in a long run; otherwise the sequences have not tested it.
 DISTURBANCES = ("refuse", "drop", "drop after", "kill", "cancel")
 
 KEEP = 6
-CARDS = 8
+GPU_COUNT = 8
 GPUS = st.integers(0, 3)
 NAMES = ("ada", "bob", "cleo")
 VOLUMES = ("hall", "isle")
@@ -40,16 +40,13 @@ COUNTED: list[str] = []
 
 
 def counted(rule: Callable[..., None]) -> Callable[..., None]:
-    """Count how often a rule did something, and did not find that nothing fits what it drew (`skip`).
-
-    What it drew is kept in the sequence's steps.
-    """
+    """Count how often a rule did something, and did not call `skip`. Its draws are recorded as a step."""
     COUNTED.append(rule.__name__)
 
     @functools.wraps(rule)
     def counting(self: RuleBase, *words: object, **named: object) -> None:
         skipped = self.tally["skipped"]
-        # One that another rule calls, with its own draws, is part of that one's step.
+        # A rule that another rule calls, with positional arguments, belongs to the step of that rule.
         if not words:
             arguments = {name: value for name, value in named.items() if name != "data"}
             step = Step(rule.__name__, arguments, draws="data" in named)
@@ -69,10 +66,10 @@ def counted(rule: Callable[..., None]) -> Callable[..., None]:
 
 
 class LoopRunner(Protocol):
-    """An event loop elsewhere."""
+    """An event loop in another thread."""
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Its result."""
+        """Run a coroutine; returns its result."""
 
 
 class RuleBase(RuleBasedStateMachine):
@@ -87,67 +84,69 @@ class RuleBase(RuleBasedStateMachine):
         super().__init__()
         self._host: ModelledHost | None = None
         self._proxy: EngineProxy | None = None
-        # Whether anything has been done since everything was looked at.
+        # Whether anything was changed since the last check of everything.
         self.changed_since_check = False
         self.steps: list[Step] = []
 
     @property
     def host(self) -> ModelledHost:
-        """The one that was begun."""
+        """The host of this sequence."""
         assert self._host is not None
         return self._host
 
     def follow(self, step: Step) -> None:
-        """Do the same once more, if what was drawn can be had. Preconditions are of what is drawn: not of this."""
+        """Replay a step, without its preconditions; does nothing if its draws are not possible here."""
         draws = {"data": ReplayedDraws(step)} if step.draws else {}
         with contextlib.suppress(StepNotApplicableError):
             getattr(self, step.rule)(**step.arguments, **draws)
 
     @invariant()
     def count(self) -> None:
-        """How many steps there were."""
+        """Count the steps."""
         self.tally["steps"] += 1
 
     def has_container(self, *states: State) -> bool:
-        """Whether there is one in any of these states (none: in any at all)."""
-        known = self._host.known if self._host else {}
+        """Whether there is a container in one of these states; without states, any container."""
+        known = self._host.containers if self._host else {}
         return any(not states or container.state in states for container in known.values())
 
     @property
     def has_volumes(self) -> bool:
-        """Whether there is any."""
+        """Whether there is a volume."""
         return bool(self._host and self._host.volumes)
 
     def choose_container(self, data: Draws, *states: State) -> ExpectedContainer:
-        """A container in any of these states."""
+        """Draw a container in one of these states; without states, any container."""
         self.changed_since_check = True
-        names = sorted(name for name, container in self.host.known.items() if not states or container.state in states)
-        return self.host.known[data.choose(names, "which")]
+        names = sorted(
+            name for name, container in self.host.containers.items() if not states or container.state in states
+        )
+        return self.host.containers[data.choose(names, "which")]
 
     def free_name(self, data: Draws) -> str:
-        """One that no container has."""
-        return data.choose([name for name in NAMES if name not in self.host.known], "name")
+        """Draw a name that no container has."""
+        return data.choose([name for name in NAMES if name not in self.host.containers], "name")
 
     def choose_mounts(self, data: Draws) -> tuple[tuple[str, str], ...]:
-        """Some of the volumes that there are, or none, at some of the targets."""
+        """Draw mounts: an existing volume or none for each target."""
         choices = (None, *sorted(self.host.volumes))
         drawn = [(target, data.choose(choices, target)) for target in TARGETS]
         return tuple((target, volume) for target, volume in drawn if volume is not None)
 
     def can_claim(self, gpus: int, *, released: int = 0) -> bool:
-        """Whether that many cards are free, once others are given back."""
-        return gpus - released <= CARDS - sum(container.cards for container in self.host.known.values())
+        """Whether `gpus` GPUs are free once `released` GPUs are released."""
+        return gpus - released <= GPU_COUNT - sum(container.gpus for container in self.host.containers.values())
 
     def lacks_volume(self, spec: Spec) -> bool:
-        """Whether it names one that was deleted."""
+        """Whether a spec mounts a volume that was deleted."""
         return not spec.volumes <= self.host.volumes.keys()
 
     def skip(self) -> None:
-        """Nothing is done in this step: what was drawn does not fit."""
+        """End a step without a change, because its draws do not fit the host."""
         self.tally["skipped"] += 1
 
     def refused(self, act: Act, reason: str, *names: str, holders: Collection[str] = ()) -> None:
-        """It must be, for that reason, and change nothing."""
+        """Make a request that must fail with `reason` and change nothing."""
         self.loop.run(self.host.refused(act, reason, holders))
         self.loop.run(self.host.check(*names))
         self.tally[f"refused: {reason}"] += 1
@@ -180,15 +179,15 @@ class RuleBase(RuleBasedStateMachine):
 
     @staticmethod
     def _delay(data: Draws, most_ms: int) -> float:
-        """In seconds; drawn, so that a failing example shows it."""
+        """Draw a delay; returns seconds. It is drawn so that a failing example shows it."""
         return data.number(0, most_ms, "after ms") / 1000
 
     def _inject_fault(self, data: Draws, disturbance: str, most: int) -> Fault | None:
-        """It hits one of the engine's next `most` deeds. A volume takes one or two of them."""
+        """Inject a fault into one of the next `most` changing engine calls; a volume needs one or two of them."""
         faults = self.host.proxy.faults
         match disturbance:
             case "refuse":
-                # Questions are refused too; there are many of them between two deeds.
+                # Also refuse reads, of which there are many between two changing calls.
                 if data.flag("a change"):
                     return faults.fail(_MUTATIONS, _CALLS, nth=data.number(1, most, "nth"))
                 return faults.fail(".*", _CALLS, nth=data.number(1, 15, "nth"))

@@ -1,7 +1,7 @@
-"""Makes a random sequence that has failed shorter, by playing parts of it again.
+"""Shortens a failed random sequence by replaying parts of it.
 
-Hypothesis cannot: what comes of a kill decides which rules there are to draw from, so that it finds parts inconsistent.
-Here a step is a rule with all that was drawn for it. One that does not fit where others were left out is passed over.
+Hypothesis cannot do that: the outcome of a kill decides which rules can be drawn next, so that it reports parts as
+inconsistent. Here a step is a rule with its draws; a step that is not possible without the omitted steps is skipped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 class StepNotApplicableError(Exception):
-    """What was drawn for a step cannot be had any more."""
+    """The draws of a step are not possible in this part of the sequence."""
 
 
 @dataclass
 class Step:
-    """A rule that was followed: its arguments, whether it draws more, and what it drew, by label, in order."""
+    """An executed rule: its arguments, whether it draws, and its draws as (label, value) in order."""
 
     rule: str
     arguments: dict[str, Any]
@@ -37,35 +37,35 @@ class Step:
 
 
 class Draws:
-    """What a rule draws from; all of it is kept in the step."""
+    """The draws of a rule, which are recorded in its step."""
 
     def __init__(self, data: st.DataObject, step: Step) -> None:
-        """Drawn by hypothesis."""
+        """`data` draws; `step` gets the draws."""
         self._data = data
         self._step = step
 
     def choose(self, options: Sequence[T], label: str, key: Callable[[T], object] = repr) -> T:
-        """One of the options, which the step remembers by its key."""
+        """Draw an option; its key is recorded."""
         option = self._data.draw(st.sampled_from(options), label=label)
         self._step.drawn.append((label, key(option)))
         return option
 
     def number(self, low: int, high: int, label: str) -> int:
-        """A number from `low` to `high`."""
+        """Draw a number from `low` to `high`."""
         value = self._data.draw(st.integers(low, high), label=label)
         self._step.drawn.append((label, value))
         return value
 
     def flag(self, label: str) -> bool:
-        """Yes or no."""
+        """Draw a boolean."""
         return self.number(0, 1, label) == 1
 
 
 class ReplayedDraws(Draws):
-    """Gives what a step has drawn before. Raises StepNotApplicableError where that cannot be had."""
+    """Returns the recorded draws of a step. Raises StepNotApplicableError if a draw is not possible."""
 
     def __init__(self, step: Step) -> None:
-        """From a step that was recorded."""
+        """`step` is a recorded step."""
         self._left = list(step.drawn)
 
     def _next(self, label: str) -> Any:
@@ -74,7 +74,7 @@ class ReplayedDraws(Draws):
         return self._left.pop(0)[1]
 
     def choose(self, options: Sequence[T], label: str, key: Callable[[T], object] = repr) -> T:
-        """The option with the key that was recorded."""
+        """The option with the recorded key."""
         wanted = self._next(label)
         for option in options:
             if key(option) == wanted:
@@ -82,7 +82,7 @@ class ReplayedDraws(Draws):
         raise StepNotApplicableError(label)
 
     def number(self, low: int, high: int, label: str) -> int:
-        """The number that was recorded."""
+        """The recorded number."""
         value = int(self._next(label))
         if not low <= value <= high:
             raise StepNotApplicableError(label)
@@ -90,7 +90,7 @@ class ReplayedDraws(Draws):
 
 
 def failure_location(error: BaseException) -> tuple[type[BaseException], str, int]:
-    """What tells one failure from another: its type, and the line of the tests where it was raised."""
+    """The identity of a failure: its type, and the file and line of the tests that raised it."""
     tests = Path(__file__).parents[1]
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(tests)
@@ -100,7 +100,7 @@ def failure_location(error: BaseException) -> tuple[type[BaseException], str, in
 
 @dataclass(frozen=True)
 class Failure:
-    """What failed, and the steps until then. It was the last of them, or the cleaning up after it."""
+    """An error, and the steps until then; the last step or the teardown after it has failed."""
 
     steps: tuple[Step, ...]
     error: Exception
@@ -108,7 +108,7 @@ class Failure:
 
 @dataclass
 class Shrunk:
-    """The shortest sequence that was found to fail, and how often parts were played for it."""
+    """The shortest sequence that fails, and the number of parts that were replayed."""
 
     steps: list[Step]
     failed_again: bool
@@ -116,15 +116,15 @@ class Shrunk:
 
     def __str__(self) -> str:
         if not self.failed_again:
-            return "played again, this sequence does not fail: it depends on timing, and was not made shorter"
+            return "the sequence does not fail again: the failure depends on timing, and no step was left out"
         lines = "\n".join(f"  {step}" for step in self.steps)
-        return f"the shortest part that fails too (of {self.played} that were played) has these steps:\n{lines}"
+        return f"the shortest part that fails, of {self.played} replayed parts, has these steps:\n{lines}"
 
 
 def shrink(steps: Sequence[Step], fails: Callable[[Sequence[Step]], bool], seconds: float) -> Shrunk:
-    """Leave out as many steps as can be left out, within `seconds` and what the last part takes that is played.
+    """Leave out as many steps as possible. Ends at the first replay after `seconds`.
 
-    Larger parts are left out first, and later ones before earlier ones.
+    Larger parts are left out first, and later parts before earlier ones.
     """
     end = time.monotonic() + seconds
     found, played = list(steps), 1

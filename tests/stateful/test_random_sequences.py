@@ -1,6 +1,6 @@
-"""Random sequences of requests, faults, kills and outside commands: whatever happens, the model holds.
+"""Random sequences of requests, faults, kills and docker commands, compared with the model after each step.
 
-`--steps N` says how many steps the deep tests take in all; a failure shows every step of the sequence that led to it.
+`--steps N` sets the total number of steps of the deep tests. A failure shows all steps of its sequence.
 """
 
 from __future__ import annotations
@@ -30,33 +30,33 @@ from tests.stateful.volume_rules import VolumeRules
 
 T = TypeVar("T")
 
-# One sequence; each has a daemon and a state of its own.
+# The steps of a sequence; each sequence has its own daemon and state.
 _SEQUENCE = 50
 _PARTS = 4
-# How many sequences the everyday test plays, and how many steps each has: in each, some of the rules are drawn often.
+# The number of sequences of the everyday test, and their steps. In each sequence some of the rules are drawn often.
 _SHORT, _SHORT_SEQUENCE = 3, 20
-# Of more, hypothesis plays parts of one in another, where they would go otherwise.
+# With more sequences in one run, hypothesis mixes parts of them, which then have other outcomes.
 _AT_ONCE = 10
-# How long parts of a sequence that has failed are played, to find a shorter one.
+# How long parts of a failed sequence are replayed to find a shorter one.
 _SHRINK_SECONDS = 300
-# From so many steps on, every rule must have done something and every disturbance must have been met, in some part.
+# From so many steps on, every rule and every disturbance must occur in some part of the test.
 _STEPS_FOR_COVERAGE = 2000
 
 
 class Loop:
-    """An event loop in a thread of its own, for rules that hypothesis calls without one."""
+    """An event loop in a thread, for rules, which hypothesis calls without an event loop."""
 
     def __init__(self, hangs_s: float = 120.0) -> None:
-        """Nothing that is run takes longer than `hangs_s` unless it hangs."""
+        """A coroutine that takes longer than `hangs_s` seconds is taken for hanging."""
         self._hangs_s = hangs_s
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.hang_report: Callable[[asyncio.AbstractEventLoop], str] = repr
-        """Says where everything stands, should something not return."""
+        """Makes the report about a coroutine that hangs."""
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Its result."""
+        """Run a coroutine; returns its result. Fails the test if it hangs."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(self._hangs_s)
@@ -66,7 +66,7 @@ class Loop:
             pytest.fail(f"it has not returned within {self._hangs_s:g} s\n{self.hang_report(self._loop)}")
 
     def close(self) -> None:
-        """End the thread, and what it has not brought to its end."""
+        """Cancel running tasks, and end the thread."""
         asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result(self._hangs_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -82,16 +82,17 @@ async def _cancel_others() -> None:
 
 
 class HostStateMachine(ContainerRules, VolumeRules, OtherRules):
-    """A host with one daemon, to which things happen."""
+    """The state machine with all rules, for one host with one daemon."""
 
     loop: Loop
 
-    # What comes of a kill is not drawn, and decides which rules there are to draw from. No two sequences may begin with
-    # the same draws, or they are found to be inconsistent: evenly spread, unlike larger integers.
+    # The outcome of a kill is not drawn, and decides which rules can be drawn. Two sequences must not begin with the
+    # same draws, or hypothesis reports them as inconsistent. Integers of this range are evenly distributed, larger ones
+    # are not.
     @initialize(number=st.integers(0, (1 << 24) - 1))
     def begin(self, number: int) -> None:
-        """A daemon with nothing in it."""
-        # The first thing that hypothesis does is to draw the simplest of everything: the same rule again and again.
+        """Start a daemon without containers."""
+        # Hypothesis first draws the simplest values: the same rule in every step.
         assume(number)
         self._proxy = self.rig.engine_proxy()
         self.loop.run(self._proxy.__aenter__())
@@ -99,7 +100,7 @@ class HostStateMachine(ContainerRules, VolumeRules, OtherRules):
         self.loop.hang_report = lambda loop: hang_report(loop, self.host.daemon, self.rig)
 
     def teardown(self) -> None:
-        """Whatever it was, all of it can be deleted."""
+        """Delete everything, which must be possible in every state."""
         try:
             if self._host is not None:
                 self.loop.run(self._host.close())
@@ -113,7 +114,7 @@ class HostStateMachine(ContainerRules, VolumeRules, OtherRules):
 
 
 @pytest.mark.timeout(600)
-def test_the_model_holds_in_a_short_sequence(rig: Rig) -> None:
+def test_short_sequences_agree_with_the_model(rig: Rig) -> None:
     tally = _play_sequences(rig, "Short", _SHORT, _SHORT_SEQUENCE)
     assert tally["steps"]
 
@@ -121,7 +122,7 @@ def test_the_model_holds_in_a_short_sequence(rig: Rig) -> None:
 @pytest.mark.deep
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("part", range(_PARTS))
-def test_the_model_holds(rig: Rig, request: pytest.FixtureRequest, part: int) -> None:
+def test_sequences_agree_with_the_model(rig: Rig, request: pytest.FixtureRequest, part: int) -> None:
     steps = int(request.config.getoption("--steps"))
     tally = _play_sequences(rig, str(part), max(1, -(-steps // _PARTS // _SEQUENCE)), _SEQUENCE)
     if steps >= _STEPS_FOR_COVERAGE:
@@ -130,9 +131,9 @@ def test_the_model_holds(rig: Rig, request: pytest.FixtureRequest, part: int) ->
 
 
 def _play_sequences(rig: Rig, name: str, sequences: int, steps: int) -> Counter[str]:
-    """Play random sequences of so many steps each; how often each rule and each disturbance occurred in them.
+    """Play random sequences of `steps` steps each; returns how often each rule and each disturbance occurred.
 
-    Raises what has failed first, with its steps in a note.
+    Raises the first error, with the steps of its sequence in a note.
     """
     loop = Loop()
     tally: Counter[str] = Counter()
@@ -147,7 +148,7 @@ def _play_sequences(rig: Rig, name: str, sequences: int, steps: int) -> Counter[
                 settings=settings(
                     max_examples=min(_AT_ONCE, sequences - done),
                     stateful_step_count=steps,
-                    # Hypothesis cannot make these sequences shorter; see `sequence_shrinker`.
+                    # Hypothesis cannot shorten these sequences; see `sequence_shrinker`.
                     phases=[Phase.generate],
                     deadline=None,
                     database=None,
@@ -156,20 +157,20 @@ def _play_sequences(rig: Rig, name: str, sequences: int, steps: int) -> Counter[
                 ),
             )
     except Exception:
-        # Hypothesis plays a sequence that has failed once more, and then raises what comes of that.
+        # Hypothesis replays a failed sequence once, and raises the error of the replay.
         if not failures:
             raise
         first = failures[0]
-        first.error.add_note(_failure_or_none(first, kind))
+        first.error.add_note(_describe(first, kind))
         raise first.error from None
     finally:
         loop.close()
-        print(f"\nmet: {dict(sorted(tally.items()))}")  # noqa: T201 - shown where it fails, and with -s
+        print(f"\nmet: {dict(sorted(tally.items()))}")  # noqa: T201 - pytest shows it with a failure, and with -s
     return tally
 
 
-def _failure_or_none(failure: Failure, kind: type[HostStateMachine]) -> str:
-    """The steps of a failure; and the shortest part of them with which it comes again, if it does."""
+def _describe(failure: Failure, kind: type[HostStateMachine]) -> str:
+    """The steps of a failure, and the shortest part of them that fails alike."""
     steps = "\n".join(f"  {step}" for step in failure.steps)
     where = failure_location(failure.error)
 
@@ -182,20 +183,20 @@ def _failure_or_none(failure: Failure, kind: type[HostStateMachine]) -> str:
 
 
 def _replay(steps: Sequence[Step], kind: type[HostStateMachine]) -> Failure | None:
-    """Follow the rules of these steps once more, on a host of their own; what failed first. See `RuleBase.follow`."""
-    host, earlier = kind(), len(kind.failures)
-    # Whatever fails is among the host's failures.
+    """Replay these steps on a new host; returns the first failure. See `RuleBase.follow`."""
+    machine, earlier = kind(), len(kind.failures)
+    # The errors are recorded as failures of the state machine.
     with contextlib.suppress(Exception):
         try:
-            host.begin(number=1)
+            machine.begin(number=1)
             for step in steps:
-                host.follow(step)
+                machine.follow(step)
         finally:
-            host.teardown()
+            machine.teardown()
     return next(iter(kind.failures[earlier:]), None)
 
 
-def test_what_hangs_is_shown(rig: Rig) -> None:
+def test_a_hanging_step_is_reported_with_stacks(rig: Rig) -> None:
     loop = Loop(hangs_s=0.2)
     daemon = rig.daemon(*FAST_FLAGS, *own_state_flags())
     loop.hang_report = lambda running: hang_report(running, daemon, rig)

@@ -1,4 +1,4 @@
-"""The rules of volumes: what changes them, what they refuse, and what is written in them."""
+"""The rules of volumes: requests that change them or must be refused, and writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.stateful.sequence_shrinker import Draws
 _MIB = 1 << 20
 _FILES = st.sampled_from(("a", "b"))
 _CONTENTS = st.sampled_from(("red", "green", "", None))
-# In these steps; XFS takes no less than 236 MiB.
+# The smallest size and the step; XFS needs at least 236 MiB.
 _SMALLEST_MIB = 240
 _STEP_MIB = 16
 _SIZES = st.sampled_from((0, _SMALLEST_MIB))
@@ -32,7 +32,7 @@ class VolumeRules(RuleBase):
         return self.host.volumes[data.choose(sorted(self.host.volumes), "volume")]
 
     def _users(self, volume: str) -> list[ExpectedContainer]:
-        return [self.host.known[name] for name in containers_mounting(self.host.known.values(), volume)]
+        return [self.host.containers[name] for name in containers_mounting(self.host.containers.values(), volume)]
 
     def _free_volume(self, data: Draws) -> str:
         free = [name for name in VOLUMES if name not in self.host.volumes]
@@ -42,7 +42,7 @@ class VolumeRules(RuleBase):
     @rule(data=st.data(), size_mib=_SIZES)
     @counted
     def create_volume(self, data: Draws, size_mib: int) -> None:
-        """With a size or without."""
+        """Create a volume, with or without a size."""
         name = self._free_volume(data)
         request = volume_service_pb2.CreateVolumeRequest(
             name=name, size_bytes=size_mib * _MIB, request_id=str(uuid.uuid4())
@@ -54,7 +54,7 @@ class VolumeRules(RuleBase):
     @rule(data=st.data(), size_mib=_SIZES)
     @counted
     def adopt_volume(self, data: Draws, size_mib: int) -> None:
-        """What somebody made in the engine: as it is, or copied into one with a size."""
+        """Adopt an engine volume as it is, or copied into a volume with a size."""
         name, theirs, engine = self._free_volume(data), f"theirs-{uuid.uuid4()}", self.host.rig.engine
         made = engine.call("POST", "/volumes/create", send={"Name": theirs, "Labels": {"gpudock.adopt": "true"}})
         Path(made["Mountpoint"], "theirs").write_text(name)
@@ -62,16 +62,16 @@ class VolumeRules(RuleBase):
         after = ExpectedVolume(name, (size_mib,), {"theirs": name}, adopted="" if size_mib else theirs)
         self.perform(data, name, lambda caller: progress_of(caller.volumes.AdoptVolume(request)), None, after)
         if size_mib or name not in self.host.volumes:
-            # It is theirs as before.
+            # The engine volume is unchanged.
             assert Path(made["Mountpoint"], "theirs").read_text() == name
             engine.call("DELETE", f"/volumes/{theirs}")
 
-    @precondition(lambda self: any(self.host.known[name].spec.mounts for name in self._names(RUNNING)))
+    @precondition(lambda self: any(self.host.containers[name].spec.mounts for name in self._names(RUNNING)))
     @rule(data=st.data(), file=_FILES, content=_CONTENTS)
     @counted
     def write_in_volume(self, data: Draws, file: str, content: str | None) -> None:
-        """By one of those that mount it; all others see it, too."""
-        places = [(name, path) for name in self._names(RUNNING) for path, _ in self.host.known[name].spec.mounts]
+        """Write a file of a volume in one container; all others must see it."""
+        places = [(name, path) for name in self._names(RUNNING) for path, _ in self.host.containers[name].spec.mounts]
         name, target = data.choose(places, "where")
         self.loop.run(self.host.write_in_volume(name, target, file, content))
         self.tally["write in volume"] += 1
@@ -80,7 +80,7 @@ class VolumeRules(RuleBase):
     @rule(data=st.data(), shrink=st.sampled_from((False,) * 4 + (True,)))
     @counted
     def resize_volume(self, data: Draws, shrink: bool) -> None:
-        """Grown in place under who uses it; made smaller by a copy, for which those are stopped and started."""
+        """Grow a volume in place, or shrink it by a copy, for which its containers are stopped and started."""
         volume = self._volume(data)
         name, users = volume.name, self._users(volume.name)
         size_mib = (volume.size_mib or _SMALLEST_MIB) + (-_STEP_MIB if shrink else _STEP_MIB)
@@ -108,23 +108,23 @@ class VolumeRules(RuleBase):
             )
 
     @precondition(lambda self: self.has_volumes)
-    @rule(data=st.data(), force=st.booleans(), theirs=st.sampled_from((False,) * 4 + (True,)))
+    @rule(data=st.data(), force=st.booleans(), foreign=st.sampled_from((False,) * 4 + (True,)))
     @counted
-    def delete_volume(self, data: Draws, force: bool, theirs: bool) -> None:
-        """Not while anything mounts it, and by force not while what mounts it runs; what does not is updated first."""
+    def delete_volume(self, data: Draws, force: bool, foreign: bool) -> None:
+        """Delete a volume. A container that mounts it prevents that; with force only a running one does."""
         volume = self._volume(data)
         name, users = volume.name, self._users(volume.name)
-        keep_it = [container.name for container in users if not force or container.state not in (STOPPED, EXITED)]
+        blockers = [container.name for container in users if not force or container.state not in (STOPPED, EXITED)]
 
         async def act(caller: Caller) -> None:
             await caller.delete_volume(name, force=force)
 
-        if theirs:
-            # Nor while somebody's own container refers to it.
+        if foreign:
+            # An engine container that the daemon does not manage prevents it, too.
             with foreign_container(self.host.rig, self.loop.run(self._engine_volume(name))) as other:
-                return self.refused(act, "VOLUME_IN_USE", name, *keep_it, holders=keep_it or [other])
-        if keep_it:
-            return self.refused(act, "VOLUME_IN_USE", name, *keep_it, holders=keep_it)
+                return self.refused(act, "VOLUME_IN_USE", name, *blockers, holders=blockers or [other])
+        if blockers:
+            return self.refused(act, "VOLUME_IN_USE", name, *blockers, holders=blockers)
         also = {container.name: pruned(container.changed(container.spec.without(name)), KEEP) for container in users}
         return self.perform(data, name, act, volume, None, also=also)
 
@@ -132,5 +132,5 @@ class VolumeRules(RuleBase):
         return Path((await self.host.caller.volume(name)).mountpoint).parent.name
 
     def _names(self, state: object) -> list[str]:
-        known = self._host.known if self._host else {}
+        known = self._host.containers if self._host else {}
         return sorted(name for name, container in known.items() if container.state is state)
