@@ -1,4 +1,4 @@
-"""A virtual machine for what the host's kernel may lack: XFS and ext4 with project quotas, see docs/testing.md."""
+"""A virtual machine with XFS and ext4 with project quotas, which a host may lack; see docs/testing.md."""
 
 from .kernel import Kernel
 from .machine import EXT4, FILESYSTEMS, XFS, Machine

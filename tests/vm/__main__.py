@@ -1,8 +1,8 @@
-"""`python -m tests.vm [options] -- COMMAND…`: runs a command in the test VM, on each filesystem in a VM of its own.
+"""`python -m tests.vm [options] -- COMMAND…`: run a command in the test VM, on each filesystem in a VM of its own.
 
-They run at once, and what they print comes one after the other. The command's working folder is the checkout's root.
-Its rig's files, the engine's data among them, are on the filesystem. The exit code is that of the first in order that
-failed. See docs/testing.md.
+The VMs run at the same time; their outputs are printed one after the other. The command runs in the root of the
+checkout. The files of its rig, with the data of the engine, are on the filesystem. The exit code is that of the first
+VM that failed. See docs/testing.md.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.rig.rig import REPOSITORY
 from .machine import FILESYSTEMS, Machine
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -32,40 +32,40 @@ class _Run(threading.Thread):
     """One machine, from its start to its end.
 
     Attributes:
-        code: of the command; 1 also where the machine failed.
+        code: the exit code of the command; 1 if the machine failed.
     """
 
     def __init__(self, options: argparse.Namespace, filesystems: Sequence[str]) -> None:
-        """Starts nothing yet."""
-        # Whoever is interrupted does not wait for it: the machine's guardian ends what this one leaves.
+        """Prepare the run; `start` starts it."""
+        # An interrupted process does not wait for daemon threads; the guardian of the machine removes what is left.
         super().__init__(daemon=True)
         self.code = 1
         self._options = options
         self._filesystems = filesystems
-        self._said: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._output: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def run(self) -> None:
-        """See Thread."""
+        """See `Thread.run`."""
         options = self._options
         try:
             with Machine(memory_mib=options.memory, cpus=options.cpus, accelerator=options.accel) as machine:
                 self.code = machine.run(
-                    options.command, self._filesystems, output=self._said.put, timeout_s=options.timeout
+                    options.command, self._filesystems, output=self._output.put, timeout_s=options.timeout
                 )
         except RigError as error:
-            self._said.put(f"error: {error}\n")
+            self._output.put(f"error: {error}\n")
         finally:
-            self._said.put(None)
+            self._output.put(None)
 
     def follow(self) -> None:
-        """Says what it has said and goes on to say, until its end."""
-        while (text := self._said.get()) is not None:
-            _say(text)
+        """Print the output of the machine until its end."""
+        while (text := self._output.get()) is not None:
+            _print(text)
         self.join()
 
 
 def _prepare() -> None:
-    """What is slow to make, and would be made again in each machine, to be lost with it."""
+    """Fill caches that each machine would otherwise fill for itself, and lose."""
     warm_cache()
     for image in (BUSYBOX, CUDA_LIKE, GLIBC):
         tar_of(image)
@@ -74,20 +74,20 @@ def _prepare() -> None:
 
 
 def main() -> int:
-    """Returns the exit code; 1 also where a machine failed."""
+    """Returns the exit code; 1 if a machine failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.vm", description=__doc__)
-    parser.add_argument("--on", action="append", choices=FILESYSTEMS, help="this filesystem alone (default: on each)")
-    parser.add_argument("--in-turn", action="store_true", help="in one VM, one after the other, where memory is short")
+    parser.add_argument("--on", action="append", choices=FILESYSTEMS, help="only this filesystem (default: each)")
+    parser.add_argument("--in-turn", action="store_true", help="one VM for all filesystems, in turn")
     parser.add_argument("--memory", type=int, default=2048, help="MiB of each VM (default: %(default)s)")
-    parser.add_argument("--cpus", type=int, help="of each VM, how many (default: its share of the host's)")
+    parser.add_argument("--cpus", type=int, help="CPUs of each VM (default: an equal share of the host's)")
     parser.add_argument("--accel", default="tcg,thread=multi", help="qemu's -accel (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for all of it (default: %(default)s)")
-    parser.add_argument("command", nargs="+", help="what to run")
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds for the whole run (%(default)s)")
+    parser.add_argument("command", nargs="+", help="the command to run")
     options = parser.parse_args()
     began = time.monotonic()
     filesystems = tuple(options.on or FILESYSTEMS)
     together = [filesystems] if options.in_turn else [(filesystem,) for filesystem in filesystems]
-    # An emulated processor that waits for one of the host's makes the others of its machine wait, too.
+    # An emulated CPU that waits for a CPU of the host makes the other CPUs of its machine wait.
     options.cpus = options.cpus or max(len(os.sched_getaffinity(0)) // len(together), 1)
     try:
         _prepare()
@@ -97,14 +97,14 @@ def main() -> int:
         for run in runs:
             run.follow()
     except RigError as error:
-        _say(f"error: {error}\n")
+        _print(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
     code = next((run.code for run in runs if run.code), 0)
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    took = f"{time.monotonic() - began:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of the host's processors"
-    _say(f"it took {took}; exit code {code}\n")
+    took = f"{time.monotonic() - began:.0f} s, {spent.ru_utime + spent.ru_stime:.0f} s of CPU time"
+    _print(f"it took {took}; exit code {code}\n")
     return code
 
 

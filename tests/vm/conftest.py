@@ -1,4 +1,4 @@
-"""What the tests in the VM stand on: a rig whose engine has its data on a filesystem with project quotas."""
+"""Fixtures of the tests in the VM, where the engine's data are on a filesystem with project quotas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class QuotaFilesystem:
 
     @property
     def full_message(self) -> str:
-        """What a program is told that writes past its project's limit."""
+        """The error message of a write past the limit of a project."""
         return "No space left on device" if self.name == XFS else "Disk quota exceeded"
 
 
@@ -32,7 +32,7 @@ class Shell:
         self.container = container
 
     def __call__(self, script: str) -> str:
-        """What it prints, and the exit code in a line of its own."""
+        """Run a script; returns its output, and the exit code as the last line."""
         words = ["sh", "-c", f"{script}\necho $?"]
         send = {"Cmd": words, "AttachStdout": True, "AttachStderr": True, "Tty": True}
         made = self._rig.engine.call("POST", f"/containers/{self.container}/exec", send=send)["Id"]
@@ -42,7 +42,7 @@ class Shell:
 
 @pytest.fixture(scope="package")
 def quota_filesystem() -> QuotaFilesystem:
-    """The filesystem under test; skips where there is none."""
+    """The filesystem under test; skips the test outside of the VM."""
     filesystem = os.environ.get(FILESYSTEM_VARIABLE)
     if filesystem is None:
         pytest.skip("needs project quotas: `make test-vm` runs it in a VM that has them")
@@ -50,7 +50,7 @@ def quota_filesystem() -> QuotaFilesystem:
 
 
 def run_container(rig: Rig, **host_config: object) -> Shell:
-    """Start an idle container; the engine removes it with the rest of the test's."""
+    """Start an idle container. The fixture `clean_engine` removes it."""
     send = {"Image": BUSYBOX, "Cmd": ["sleep", "infinity"], "StopSignal": "SIGKILL", "HostConfig": host_config}
     container = rig.engine.call("POST", "/containers/create", send=send)["Id"]
     rig.engine.call("POST", f"/containers/{container}/start")

@@ -1,6 +1,6 @@
-"""A pytest plugin, `-p tests.vm.fail_on_skip`: in the VM, whose purpose is that nothing is missing, a skip fails.
+"""A pytest plugin, `-p tests.vm.fail_on_skip`: a run with a skipped test fails, since the VM has all requirements.
 
-pytest itself fails when there is no test at all; so what ends well has run something, and all that was chosen.
+pytest itself fails if no test was selected.
 """
 
 import pytest
@@ -8,11 +8,11 @@ import pytest
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Turns success into failure if anything was skipped."""
+    """Make the run fail if a test was skipped."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None:
         return
     skipped = reporter.stats.get("skipped", [])
     if skipped and session.exitstatus == pytest.ExitCode.OK:
-        reporter.write_line(f"failed: {len(skipped)} skipped, where nothing may be", red=True)
+        reporter.write_line(f"failed: {len(skipped)} skipped; no test may be skipped in the VM", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,4 +1,4 @@
-"""The VM's kernel, as scripts/fetch-vm-kernel left it, and the initial RAM disk that is made for it."""
+"""The kernel of the VM, which scripts/fetch-vm-kernel has fetched, and its initial RAM disk."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ from tests.rig.rig import REPOSITORY
 
 KERNEL_FOLDER = REPOSITORY / ".vm/kernel"
 INIT = Path(__file__).parent / "guest/init"
-# What it takes to reach the host's root; all others are loaded from there.
+# The modules that mount the host's root; all others are loaded from there.
 _FIRST_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
-# Distributions compress modules in different ways, which busybox's insmod does not know.
+# Distributions compress modules in different formats, which busybox's insmod does not read.
 _UNPACK = {".ko": ["cat"], ".xz": ["xz", "-dc"], ".zst": ["zstd", "-qdc"], ".gz": ["gzip", "-dc"]}
 
 
@@ -22,9 +22,9 @@ class Kernel:
     """An unpacked kernel package.
 
     Attributes:
-        image: what boots.
-        modules: the folder that belongs at /lib/modules.
-        version: names its folder in there.
+        image: the kernel image.
+        modules: the folder for /lib/modules.
+        version: the name of the kernel's folder in `modules`.
     """
 
     image: Path
@@ -33,13 +33,13 @@ class Kernel:
 
     @classmethod
     def find(cls, folder: Path = KERNEL_FOLDER) -> "Kernel":
-        """Raises RigError if it was not fetched."""
+        """Find the kernel. Raises RigError if it was not fetched."""
         for image in sorted(folder.glob("boot/vmlinuz-*")):
             return cls(image, folder / "lib/modules", image.name.removeprefix("vmlinuz-"))
         raise RigError("the test VM has no kernel: run scripts/fetch-vm-kernel, or make test-vm")
 
     def write_initramfs(self, target: Path) -> None:
-        """Writes a cpio archive with busybox, the first modules, and the script that is the first process."""
+        """Write a cpio archive with busybox, the first modules, and the script that is the first process."""
         root = target.with_name(f"{target.name}.root")
         (root / "bin").mkdir(parents=True)
         busybox = shutil.which("busybox")
@@ -64,7 +64,7 @@ class Kernel:
         (folder / "order").write_text("".join(f"{name}\n" for name in order))
 
     def _in_order(self) -> list[Path]:
-        """The first modules and what they need, each after what it needs; none of what is built in."""
+        """The first modules and their dependencies, in the order of loading, without built-in modules."""
         ask = ["modprobe", "--show-depends", "--all", "--dirname", str(self.modules.parents[1])]
         ask += ["--set-version", self.version, *_FIRST_MODULES]
         environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}

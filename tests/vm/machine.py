@@ -1,8 +1,8 @@
-"""A machine that boots, runs one command over the host's files, and is gone.
+"""A virtual machine that boots, runs one command with the files of the host, and ends.
 
-Its root is the host's, shared read-only, under a layer in memory: programs, the checkout and its virtual environment
-are at the paths that they have outside, and whatever is written there is lost with the machine. It has no network. It
-belongs to a rig's id (tests/rig/cleanup.py), so that nothing of it outlives its owner, however that ends.
+Its root is that of the host, shared read-only, under an overlay in memory: programs, the checkout and its virtual
+environment have the same paths as on the host, and written files are lost with the machine. It has no network. It has
+the id of a rig (tests/rig/cleanup.py), so that it is removed when its owner ends.
 """
 
 import codecs
@@ -27,42 +27,42 @@ from .kernel import Kernel
 XFS = "xfs"
 EXT4 = "ext4"
 FILESYSTEMS = (XFS, EXT4)
-"""Both have project quotas and are mounted at `mount_point(name)`."""
+"""The filesystems, which have project quotas and are mounted at `mount_point(name)`."""
 
 FILESYSTEM_VARIABLE = "GPUDOCK_VM_FILESYSTEM"
-"""Inside, names the filesystem that the rig's files are on; unset outside."""
+"""An environment variable: in the VM, the filesystem with the files of the rig; unset outside."""
 
 USERLAND = Path(__file__).parent / "guest/userland"
 MKFS = {
     XFS: ["mkfs.xfs", "-q"],
-    # Root may fill it to the last block, as it may XFS.
+    # Without reserved blocks, so that root can fill it completely, as XFS.
     EXT4: ["mkfs.ext4", "-q", "-m", "0", "-O", "quota,project", "-E", "quotatype=prjquota"],
 }
 MOUNT_OPTIONS = {XFS: "pquota", EXT4: "prjquota"}
-"""What gives each its project quotas."""
+"""The mount options that enable project quotas."""
 
 _DISK_BYTES = 8 << 30
 _POLL_S = 0.02
 _CONSOLE_TAIL = 3000
-# Emulated, all is 10 to 20 times slower.
+# An emulated machine is 10 to 20 times slower.
 _PATIENCE = "10"
 
 
 def mount_point(filesystem: str) -> Path:
-    """Where it is inside the machine."""
+    """The mount point of a filesystem in the machine."""
     return Path("/srv") / filesystem
 
 
 class Machine:
-    """One virtual machine, of qemu. Use it as a context manager; it can run one command."""
+    """A virtual machine of qemu: a context manager that can run one command."""
 
     def __init__(self, *, memory_mib: int = 2048, cpus: int = 2, accelerator: str = "tcg,thread=multi") -> None:
-        """Starts nothing yet.
+        """Prepare a machine; `start` makes its folder and disks.
 
         Args:
-            memory_mib: its memory, three quarters of which can hold what is written over the host's root.
-            cpus: how many it has.
-            accelerator: what qemu's -accel takes. TCG works everywhere; kvm is many times as fast where it works.
+            memory_mib: the memory; three quarters of it are for files that are written over the host's root.
+            cpus: the number of CPUs.
+            accelerator: for qemu's -accel. TCG works everywhere; kvm is many times faster where it works.
         """
         self._hardware = ["-m", str(memory_mib), "-smp", str(cpus), "-accel", accelerator, "-cpu", "max"]
         self._id: cleanup.RigId | None = None
@@ -77,21 +77,20 @@ class Machine:
         output: Callable[[str], object] = sys.stdout.write,
         timeout_s: float = 900.0,
     ) -> int:
-        """Boots, runs the command in the checkout's root, and ends; returns 0 or the code of the first run that failed.
+        """Boot, run the command in the root of the checkout, and end; returns 0 or the code of the first failed run.
 
         Args:
-            command: its words.
-            filesystems: on which to run it, one after the other: GPUDOCK_VM_FILESYSTEM names it, its files' folder is
-                `mount_point(name)`, and GPUDOCK_RIG_BASE and TMPDIR lie there, so that a rig's engine has its data
-                there.
-            output: told what the command prints, stdout and stderr as they come.
-            timeout_s: until the whole of it has to be over.
+            command: the command line.
+            filesystems: the filesystems to run it on, one after the other. GPUDOCK_VM_FILESYSTEM is the name;
+                GPUDOCK_RIG_BASE and TMPDIR are below `mount_point(name)`, so that the rig's engine has its data there.
+            output: called with the output of the command, stdout and stderr, as it comes.
+            timeout_s: seconds for the boot and all runs.
 
         Raises:
-            RigError: time ran out, or the machine ended before the command did; the kernel's last words are in it.
+            RigError: time ran out, or the machine ended before the command; the message has the end of the console.
         """
         exchange = self._make_folder("exchange")
-        self._write_orders(exchange, command, filesystems)
+        self._write_guest_files(exchange, command, filesystems)
         process = self._boot(exchange)
         finished = _follow(process, output, time.monotonic() + timeout_s)
         code = exchange / "code"
@@ -102,8 +101,8 @@ class Machine:
         console = (self.folder / "console").read_text(errors="replace")
         raise RigError(f"the VM {what}\n{process.log_text[-_CONSOLE_TAIL:]}\n{console[-_CONSOLE_TAIL:]}")
 
-    def _write_orders(self, exchange: Path, command: Sequence[str], filesystems: Sequence[str]) -> None:
-        """What guest/userland reads: its settings, and one script for each filesystem."""
+    def _write_guest_files(self, exchange: Path, command: Sequence[str], filesystems: Sequence[str]) -> None:
+        """Write the files that guest/userland reads: settings, and one script for each filesystem."""
         settings = {
             "MODULES": str(Kernel.find().modules),
             "FILESYSTEMS": " ".join(FILESYSTEMS),
@@ -113,7 +112,7 @@ class Machine:
         (exchange / "settings").write_text("".join(_assignments(settings)))
         for filesystem in filesystems:
             variables = {
-                # The rig's cache of images and compiled doubles is found by these, and read from there.
+                # The folder of the rig's cache of images and compiled doubles depends on these.
                 **{name: os.environ[name] for name in ("HOME", "XDG_CACHE_HOME") if name in os.environ},
                 "PATH": f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}",
                 "LANG": "C.UTF-8",
@@ -121,11 +120,11 @@ class Machine:
                 "TMPDIR": str(mount_point(filesystem) / "tmp"),
                 "GPUDOCK_RIG_BASE": str(mount_point(filesystem) / "rigs"),
                 "GPUDOCK_RIG_PATIENCE": _PATIENCE,
-                # And what gpudockd calls may take as much longer than its settings have it.
+                # The calls of gpudockd take longer by the same factor.
                 "GPUDOCK_ENGINE_TIMEOUT": "300",
                 "GPUDOCK_STORE_TIMEOUT": "50",
                 "GPUDOCK_RIG_IMAGES": BUSYBOX,
-                # On one that can, a quota on every container's layer too, as an operator may have set it.
+                # XFS can also limit each container's layer, as an operator may do.
                 "GPUDOCK_RIG_ENGINE_OPTIONS": "--storage-opt overlay2.size=512M" if filesystem == XFS else "",
             }
             lines = [f"export {line}" for line in _assignments(variables)]
@@ -142,7 +141,7 @@ class Machine:
         words = [
             *[qemu, *self._hardware, "-machine", "q35", "-nodefaults", "-no-user-config", "-display", "none"],
             *["-kernel", str(kernel.image), "-initrd", str(initramfs), "-append", cmdline],
-            # A machine that starts again, after its order or after a panic, ends.
+            # A machine that reboots, by its script or after a panic, ends.
             *["-no-reboot", "-serial", f"file:{self.folder / 'console'}", "-device", "virtio-rng-pci"],
             *_share("host", Path("/"), "readonly=on"),
             *_share("exchange", exchange, "readonly=off"),
@@ -155,7 +154,7 @@ class Machine:
         return self._processes.start(words, log=self.folder / "qemu.log")
 
     def start(self) -> Self:
-        """Makes its folder and its disks; `run` boots it."""
+        """Make the folder and the disks; `run` boots the machine."""
         if os.geteuid() != 0:
             raise RigError("the VM needs root, to share all of the host's files")
         cleanup.sweep()
@@ -176,20 +175,20 @@ class Machine:
 
     @property
     def folder(self) -> Path:
-        """Holds its disks, its output and its console's log, on the host."""
+        """The folder of disks, output and console log on the host."""
         if self._id is None:
             raise RigError("the VM was not started")
         return self._id.folder
 
     @property
     def guardian_pid(self) -> int:
-        """Pid of the process that cleans up if this one cannot."""
+        """The process id of the guardian, which removes the machine if its owner is killed."""
         if self._guardian is None:
             raise RigError("the VM was not started")
         return self._guardian.pid
 
     def close(self) -> None:
-        """Ends and removes everything; raises RigError if something would not go."""
+        """End and remove everything. Raises RigError if something cannot be removed."""
         if self._id is None:
             return
         left = cleanup.destroy(self._id)
@@ -221,23 +220,23 @@ def _assignments(values: Mapping[str, str]) -> list[str]:
 
 
 def _share(tag: str, folder: Path, access: str) -> list[str]:
-    # The host's root may span several devices, whose inode numbers must not meet.
+    # The host's root may have several devices, whose inode numbers must stay different.
     share = f"local,id={tag},path={folder},security_model=none,multidevs=remap,{access}"
     return ["-fsdev", share, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
 
 
 def _disk(name: str, image: Path) -> list[str]:
-    # Nobody reads it when the machine is gone: nothing has to reach the host's disk in time.
+    # The disk is not read after the end of the machine, so that its data need not be flushed to the host's disk.
     drive = f"if=none,id={name},file={image},format=raw,cache=unsafe,discard=unmap"
     return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
 
 
 def _follow(process: Process, output: Callable[[str], object], deadline: float) -> bool:
-    """Hands on what comes in the file `output` beside the process's log, until its end; False if time runs out."""
+    """Pass on the file `output` beside the log of the process, until the process ends; False after the deadline."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with (process.log.parent / "output").open("rb") as file:
         while True:
-            # In this order: what was written before the end is read after it.
+            # `running` is read first, so that the output before the end is read completely.
             running = process.running
             if text := decoder.decode(file.read(), final=not running):
                 output(text)

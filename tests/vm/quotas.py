@@ -1,14 +1,14 @@
-"""Projects, given with a tool of the distribution that knows XFS and ext4 alike."""
+"""Assigns quota projects with chattr, which works on XFS and ext4."""
 
 import subprocess
 from pathlib import Path
 
 
 def assign_project(folder: Path, project: int) -> None:
-    """Make all of a folder, and what comes into it later, count for a project.
+    """Assign a project to a folder and all files below it, also to files that are made later.
 
-    Only folders can hand it on. Devices, such as a layer's whiteouts, and symbolic links have none to be set; they take
-    no blocks either.
+    New files inherit the project of their folder. Devices, such as whiteouts of a layer, and symbolic links cannot have
+    a project; they need no blocks either.
     """
     has = ["-exec", "chattr", "-p", str(project)]
     folders = ["-type", "d", *has, "+P", "{}", "+"]

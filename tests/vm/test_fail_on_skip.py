@@ -1,4 +1,4 @@
-"""What `make test-vm` relies on: tests that are skipped, or are none, end with a code that is no success."""
+"""A run with skipped tests, or without tests, does not succeed, which `make test-vm` relies on."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_passed():
 
 
 def test_skipped():
-    pytest.skip("it lacks something")
+    pytest.skip("a requirement is missing")
 """
 
 
 @pytest.mark.parametrize(("chosen", "code"), [("passed", 0), ("test", 1), ("skipped", 1), ("nothing", 5)])
-def test_only_tests_that_ran_are_a_success(tmp_path: Path, chosen: str, code: int) -> None:
+def test_a_run_succeeds_only_if_all_selected_tests_ran(tmp_path: Path, chosen: str, code: int) -> None:
     (tmp_path / "test_some.py").write_text(SOME)
     words = [sys.executable, "-m", "pytest", "-q", "-p", "tests.vm.fail_on_skip", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -35,4 +35,4 @@ def test_only_tests_that_ran_are_a_success(tmp_path: Path, chosen: str, code: in
         [*words, "-k", chosen], check=False, capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == code, done.stdout
-    assert ("1 skipped, where nothing may be" in done.stdout) == (code == 1)
+    assert ("1 skipped; no test may be skipped in the VM" in done.stdout) == (code == 1)

@@ -1,4 +1,4 @@
-"""In the VM: writable layers with quotas, and how they are carried where the kernel does not let two change places."""
+"""In the VM: writable layers with quotas, which are copied if the kernel does not exchange them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def test_layers_of_different_projects_are_copied(clean_engine: Rig, quota_
     assert first("rm /etc/group; mkdir /kept; echo kept > /kept/file; ln /kept/file /kept/link") == "0\n"
     old = _stopped(clean_engine, first.container)
     new = _stopped(clean_engine, run_container(clean_engine).container)
-    if quota_filesystem.name != XFS:  # where the engine gave each a project of its own
+    if quota_filesystem.name != XFS:  # on XFS the engine has assigned a project to each layer
         for number, layer in enumerate((old, new), 4001):
             quotas.assign_project(Path(layer.upper_dir).parent, number)
 
@@ -61,18 +61,18 @@ async def test_layers_of_different_projects_are_copied(clean_engine: Rig, quota_
     )
 
 
-async def test_a_scale_keeps_the_files_by_whichever_way_there_is(
+async def test_a_scale_keeps_files_by_copy_on_xfs_and_by_exchange_on_ext4(
     clean_engine: Rig, quota_filesystem: QuotaFilesystem
 ) -> None:
-    """The whole daemon: on XFS each layer has a quota and is copied; on ext4 it has none and changes places."""
+    """On XFS each layer has a quota and is copied; on ext4 it has none and is exchanged."""
     daemon = await clean_engine.start_daemon(*FAST_FLAGS)
     async with Caller(daemon.target) as caller:
         container = await caller.create("kept", 1)
         await caller.shell("kept", "echo kept > /root/file && rm /etc/group")
         before = _layer_inode(clean_engine, container.status.engine_id)
         container = await caller.scale("kept", 2)
-        seen = await caller.shell("kept", "cat /root/file; test ! -e /etc/group && echo gone; ls -1 /dev/nvidia[0-9]")
-        assert seen == "kept\ngone\n/dev/nvidia0\n/dev/nvidia1\n"
+        output = await caller.shell("kept", "cat /root/file; test ! -e /etc/group && echo gone; ls -1 /dev/nvidia[0-9]")
+        assert output == "kept\ngone\n/dev/nvidia0\n/dev/nvidia1\n"
         exchanged = _layer_inode(clean_engine, container.status.engine_id) == before
         assert exchanged == (quota_filesystem.name != XFS)
         await caller.delete_all()
@@ -88,7 +88,7 @@ def _inode(path: str) -> int:
     return Path(path).stat().st_ino
 
 
-def test_the_engine_limits_layers_on_xfs_and_says_that_it_cannot_elsewhere(
+def test_the_engine_limits_layers_on_xfs_and_refuses_that_on_ext4(
     clean_engine: Rig, quota_filesystem: QuotaFilesystem
 ) -> None:
     options = {"size": "32M"}

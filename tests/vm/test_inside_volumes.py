@@ -1,4 +1,4 @@
-"""In the VM: volumes by project quota, as callers of the daemon and programs in a container see them."""
+"""In the VM: volumes by project quota, as callers of the daemon and programs in containers see them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ALWAYS = container_pb2.RestartPolicy(policy=container_pb2.RESTART_POLICY_KIND_AL
 
 @pytest.fixture(scope="module")
 def pool(rig: Rig, quota_filesystem: QuotaFilesystem, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    """600 MiB of the filesystem under test, which can be full while the engine and the store have room."""
+    """A pool of 600 MiB of the filesystem under test; it can be full while engine and store have space."""
     image = tmp_path_factory.mktemp("pool") / "image"
     make, options = MKFS[quota_filesystem.name], f"loop,{MOUNT_OPTIONS[quota_filesystem.name]}"
     with mounted_pool(rig, rig.folder / "pool", image=image, size=600 * MIB, make=make, options=options) as made:
@@ -44,7 +44,7 @@ def pool(rig: Rig, quota_filesystem: QuotaFilesystem, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def daemon(rig: Rig, pool: Pool) -> Iterator[Daemon]:
-    """One that promises more than its pool has; for all tests here, since each start takes seconds."""
+    """A daemon that overcommits the pool; one for all tests of the module, since a start takes seconds."""
     flags = ("--volume-dir", str(pool.path / "volumes"), "--volume-overcommit", "10")
     started = rig.daemon(*FAST_FLAGS, *own_state_flags(), *flags)
     yield started
@@ -54,24 +54,26 @@ def daemon(rig: Rig, pool: Pool) -> Iterator[Daemon]:
 
 @pytest_asyncio.fixture
 async def caller(daemon: Daemon) -> AsyncIterator[Caller]:
-    """Calls it; deletes what it made."""
+    """A caller of the daemon; its containers and volumes are deleted after the test."""
     async with Caller(daemon.target) as caller:
         yield caller
         await caller.delete_all()
 
 
 async def _write(caller: Caller, name: str, mib: int) -> ExecResult:
-    """A file of so many MiB in the volume, synced."""
+    """Write a file of `mib` MiB to the volume, and sync it."""
     return await caller.run(
         "one", "dd", "if=/dev/zero", f"of=/data/{name}", "bs=64k", f"count={mib * 16}", "conv=fsync"
     )
 
 
-def _is_full(wrote: ExecResult, said: str) -> bool:
-    return wrote.code == 1 and said in wrote.stderr.decode()
+def _is_full(result: ExecResult, message: str) -> bool:
+    return result.code == 1 and message in result.stderr.decode()
 
 
-async def test_a_size_holds_and_changes_in_use(caller: Caller, quota_filesystem: QuotaFilesystem, pool: Pool) -> None:
+async def test_a_size_limits_writes_and_changes_in_use(
+    caller: Caller, quota_filesystem: QuotaFilesystem, pool: Pool
+) -> None:
     made = await caller.create_volume("data", SIZE)
     assert (made.backend, made.filesystem) == (volume_pb2.VOLUME_BACKEND_PROJECT_QUOTA, quota_filesystem.name)
     await caller.create("one", mounts=[mount_of("data")])
@@ -108,7 +110,7 @@ async def test_a_size_holds_and_changes_in_use(caller: Caller, quota_filesystem:
 
 
 async def _revision_causes(caller: Caller) -> list[str]:
-    """Of the volume's revisions, oldest first."""
+    """The causes of the volume's revisions, oldest first."""
     request = volume_service_pb2.ListVolumeRevisionsRequest(name="data")
     revisions = (await caller.volumes.ListVolumeRevisions(request)).revisions
     name = volume_pb2.VolumeRevisionCause.Name
@@ -122,15 +124,15 @@ async def test_a_full_pool_and_a_killed_engine_lose_nothing(caller: Caller, pool
     await caller.shell("one", WRITE_FILES)
     files = await caller.shell("one", SHOW_FILES)
     pool.fill(leaving=8 * MIB)
-    assert _is_full(await _write(caller, "fill", 40), "No space left"), "promised more than there is, it is told"
+    assert _is_full(await _write(caller, "fill", 40), "No space left"), "the write must fail when the pool is full"
     for call in (caller.create_volume("more", size), caller.resize_volume("data", 2 * size)):
         full = await failure(call)
         assert (full.code, full.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL"), full
         assert full.metadata["path"] == str(pool.path / "volumes")
     assert (await failure(caller.volume("more"))).reason == "VOLUME_NOT_FOUND"
-    seen = await caller.volume("data")
-    assert (seen.size_bytes, seen.revision, seen.state) == (size, 1, volume_pb2.VOLUME_STATE_READY)
-    assert seen.used_bytes < 40 * MIB, "what it takes, and not what the pool lacks"
+    volume = await caller.volume("data")
+    assert (volume.size_bytes, volume.revision, volume.state) == (size, 1, volume_pb2.VOLUME_STATE_READY)
+    assert volume.used_bytes < 40 * MIB, "the usage of the volume, and not of the pool"
     assert await caller.shell("one", SHOW_FILES) == files
     pool.empty()
     assert (await _write(caller, "fill", 40)).code == 0

@@ -1,4 +1,4 @@
-"""The VM itself: what it runs comes back, what it writes does not, and nothing of it stays, however it ends."""
+"""The VM: output and exit code are returned, written files are lost, and the machine is removed however it ends."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from tests.rig import RigError, cleanup
+from tests.rig.patience import limit
 from tests.rig.rig import REPOSITORY
 
 from .kernel import KERNEL_FOLDER
@@ -27,7 +28,7 @@ pytestmark = [
 BOOT_S = 240.0
 
 
-def test_output_and_exit_code_come_back_and_what_is_written_does_not() -> None:
+def test_output_and_exit_code_are_returned_and_written_files_are_lost() -> None:
     script = f"""
 echo "on ${FILESYSTEM_VARIABLE}"; echo to stderr >&2
 stat -f -c %T "/srv/${FILESYSTEM_VARIABLE}"
@@ -49,7 +50,7 @@ pwd > written-in-the-vm && cat written-in-the-vm
     assert not folder.exists()
 
 
-def test_a_machine_that_dies_is_no_success() -> None:
+def test_a_machine_that_panics_is_an_error() -> None:
     with Machine() as machine, pytest.raises(RigError, match="ended without an exit code"):
         machine.run(["sh", "-c", "echo c > /proc/sysrq-trigger"], (XFS,), output=len, timeout_s=BOOT_S)
 
@@ -63,7 +64,7 @@ def test_a_machine_that_takes_too_long_is_ended() -> None:
     assert cleanup.leftovers(rig) == []
 
 
-def test_nothing_stays_of_a_machine_whose_owner_was_killed() -> None:
+def test_a_machine_is_removed_after_its_owner_was_killed() -> None:
     script = """
 import threading, time
 from tests.rig import cleanup
@@ -83,7 +84,7 @@ time.sleep(60)
         owner.send_signal(signal.SIGKILL)
     rig = cleanup.RigId.parse(name)
     assert rig is not None
-    ended, _, _ = select.select([descriptor], [], [], 30)
+    ended, _, _ = select.select([descriptor], [], [], limit(30))
     os.close(descriptor)
     assert ended
     assert cleanup.leftovers(rig) == []
