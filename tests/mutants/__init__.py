@@ -1,1 +1,1 @@
-"""Mutation runs: one line of product code is changed at a time, and the fast tests should fail (docs/testing.md)."""
+"""Mutation runs: the code is changed at one place at a time, and a fast test should fail; see docs/testing.md."""

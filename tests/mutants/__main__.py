@@ -35,9 +35,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="groups of groups.toml (default: all)")
     parser.add_argument("--sample", type=int, default=0, help="try this many of a group's mutants (default: all)")
-    parser.add_argument("--seed", type=int, default=1, help="which these are")
-    parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
-    parser.add_argument("--report", action="store_true", help="try none; report on what earlier runs found")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the choice of mutants")
+    parser.add_argument("--fresh", action="store_true", help="discard the verdicts of earlier runs")
+    parser.add_argument("--report", action="store_true", help="try no mutants; report the verdicts of earlier runs")
     options = parser.parse_args()
     groups: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("groups.toml").read_text())
     if unknown := set(options.groups) - groups.keys():
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 class Interrupted(Exception):
-    """The run was asked to stop."""
+    """The run was interrupted by a signal."""
 
 
 def _examine(folder: Path, group: dict[str, Any], options: argparse.Namespace) -> set[str]:
@@ -85,7 +85,7 @@ def _choose(mutants: Sequence[Mutant], sample: int, seed: int) -> list[Mutant]:
     if not sample or sample >= len(mutants):
         return list(mutants)
     ordered = sorted(mutants, key=lambda mutant: mutant.name)
-    return random.Random(seed).sample(ordered, sample)  # noqa: S311 - a choice that can be repeated, and no secret
+    return random.Random(seed).sample(ordered, sample)  # noqa: S311 - the choice must be repeatable and is no secret
 
 
 def _prepare(folder: Path, group: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def _try(folder: Path, chosen: Sequence[Mutant]) -> None:
         (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
         again = {Outcome.SURVIVED, Outcome.UNSEEN, Outcome.CRASHED}
         forget(folder, {mutant.name for mutant in read_mutants(folder) if mutant.outcome in again})
-        seen.write_text(digest.hexdigest())
+        known_tests.write_text(digest.hexdigest())
     known = {mutant.name: mutant.outcome for mutant in read_mutants(folder)}
     if names := [mutant.name for mutant in chosen if known[mutant.name] is Outcome.OPEN]:
         todo = folder / "todo.txt"

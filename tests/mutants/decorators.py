@@ -6,14 +6,14 @@ import ast
 
 # Decorators that are replaced by a call below the function.
 _CALLED = {"property", "asynccontextmanager", "contextmanager"}
-# Decorators that do nothing when the program runs.
-_IDLE = {"override"}
+# Decorators without an effect at runtime.
+_NO_EFFECT = {"override"}
 
 
 def without_decorators(code: str) -> str:
-    """Module `code` in which `@property def f` is `def f` and `f = property(f)`, and `@override` is gone.
+    """`code` of a module in which `@property def f` is `def f` and `f = property(f)`, without `@override`.
 
-    Functions with other decorators, or with several of which one is called, stay as they are. Line numbers change.
+    Functions with other decorators, or with a decorator of _CALLED and another one, are unchanged. Line numbers change.
     """
     lines = code.splitlines()
     drop: set[int] = set()
@@ -24,14 +24,14 @@ def without_decorators(code: str) -> str:
             continue
         names = [decorator.id if isinstance(decorator, ast.Name) else "" for decorator in node.decorator_list]
         called = [name for name in names if name in _CALLED]
-        if not set(names) <= _CALLED | _IDLE | {"staticmethod", "classmethod"} or len(called) > 1:
+        if not set(names) <= _CALLED | _NO_EFFECT | {"staticmethod", "classmethod"} or len(called) > 1:
             continue
-        if called and len(called) + sum(name in _IDLE for name in names) < len(names):
+        if called and len(called) + sum(name in _NO_EFFECT for name in names) < len(names):
             continue
         drop |= {
             decorator.lineno
             for decorator, name in zip(node.decorator_list, names, strict=True)
-            if name in _CALLED or name in _IDLE
+            if name in _CALLED or name in _NO_EFFECT
         }
         if called:
             assert node.end_lineno is not None

@@ -61,7 +61,7 @@ def _is_log_call(node: cst.BaseExpression) -> bool:
 
 
 def _strings(node: cst.BaseString) -> Iterable[cst.CSTNode]:
-    """One mutation of a string in place of three: what sees a changed string sees it changed in any way."""
+    """Yield one mutation of a string instead of three: a test that fails with one fails with all."""
     if not _is_wording(node):
         yield from list(mutators.operator_string(node))[:1]
 
@@ -88,7 +88,7 @@ def _without_statement(node: cst.Expr | cst.Raise) -> Iterable[cst.CSTNode]:
 
 def _adjust() -> None:
     instead: dict[Any, Any] = {mutators.operator_string: _strings, mutators.operator_arg_removal: _arguments}
-    # mutmut declares a sequence; it is a list, which other modules of mutmut have imported by then.
+    # mutmut declares a sequence. It is a list, which is changed in place, because modules of mutmut have imported it.
     operators: Any = mutators.mutation_operators
     operators[:] = [(kind, instead.get(operator, operator)) for kind, operator in operators]
     operators += [(cst.Expr, _without_statement), (cst.Raise, _without_statement)]
@@ -104,10 +104,10 @@ def _adjust() -> None:
 
 
 def _kill_what_hangs() -> None:
-    """Have the server that forks a process per mutant watch their time, and kill what they leave running.
+    """Make the fork server of mutmut enforce timeouts, and kill the processes that a mutant leaves running.
 
-    mutmut does it in a thread, which sends one SIGXCPU to a process id that may be another's by then, and which leaves
-    children of that process alone.
+    mutmut does that in a thread, which sends one SIGXCPU to a process id that may have been reused, and does not kill
+    child processes.
     """
     deadlines: dict[int, float] = {}
     runner: Any = ForkServerRunner
@@ -118,7 +118,7 @@ def _kill_what_hangs() -> None:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
         signal.signal(signal.SIGUSR1, end)
         prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1)
-        # What the tests of a mutant leave becomes a child of the server.
+        # Orphaned processes of a mutant's tests become children of the server.
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
         serve(self, work_fd, result_fd)
 
@@ -133,7 +133,7 @@ def _kill_what_hangs() -> None:
     def watch(pid: int, timeout_s: float) -> None:
         deadlines[pid] = time.monotonic() + timeout_s
 
-    # The server calls this once a second while a mutant is tried, and when one has ended.
+    # The server calls this every second while a mutant is tried, and when a process has ended.
     def reap_and_kill(self: Any, running: dict[int, Any], *args: Any, **kwargs: Any) -> None:
         reap(self, running, *args, **kwargs)
         now = time.monotonic()
@@ -152,7 +152,7 @@ def _kill_what_hangs() -> None:
 
 
 def kill_children() -> None:
-    """Kill and wait for all children of this process, and theirs, which it inherits if it is a subreaper."""
+    """Kill and wait for all children of this process; as a subreaper it inherits their children, too."""
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
     while pids := [int(pid) for pid in children.read_text().split()]:
         for pid in pids:
@@ -161,7 +161,7 @@ def kill_children() -> None:
 
 
 def main() -> int:
-    """What the module's docstring says. Returns 130 if interrupted."""
+    """Run the program; see the docstring of the module. Returns the exit code: 130 if interrupted."""
     _adjust()
     try:
         _act()
@@ -178,7 +178,7 @@ def _act() -> None:
         setup_source_paths()
         mutmut_main.create_mutants(1)
     else:
-        mutmut_main._run(Path(sys.argv[2]).read_text().split(), 1)  # the command takes too few names
+        mutmut_main._run(Path(sys.argv[2]).read_text().split(), 1)  # the command accepts too few names
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ _NOTICED = (Outcome.CAUGHT, Outcome.TIMED_OUT)
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A changed function. `removed` and `added` are the lines that differ, without indentation."""
+    """A changed function. `removed` and `added` are the different lines, without indentation."""
 
     name: str
     function: str
@@ -60,7 +60,7 @@ class Mutant:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What an explanation names."""
+        """The identity of a mutant in explained.toml."""
         return self.function, self.removed, self.added
 
 

@@ -1,1 +1,1 @@
-"""Records that an earlier version wrote, and that every later one reads: see docs/testing.md."""
+"""Recordings of records of earlier versions, which every later version must read; see docs/testing.md."""

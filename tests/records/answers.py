@@ -1,7 +1,7 @@
-"""What a daemon answers to every call that reads records.
+"""The answers of a daemon to every RPC that reads records.
 
-Messages are shown as protobuf's JSON, with enums as numbers: their names may change where the wire does not. What is
-measured at the time of the call, and tokens, are left out.
+Messages are protobuf's JSON, with enums as numbers, because names of enum values may change. Values that are measured
+at the time of the call, and tokens, are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ENDED = (
 
 
 async def answers_of(caller: Caller) -> dict[str, Any]:
-    """All answers, by the call and what it asked for."""
+    """All answers, by RPC and argument."""
     listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest(page_size=_MOST))
     answers = {}
     for container in listed.containers:
@@ -81,7 +81,7 @@ async def _operations(caller: Caller) -> dict[str, Any]:
 
 
 def message_json(message: Message) -> Any:
-    """A message as it is recorded."""
+    """A message as recorded JSON; clears the tokens of the message."""
     for token in _TOKENS:
         if token in message.DESCRIPTOR.fields_by_name:
             message.ClearField(token)

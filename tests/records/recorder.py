@@ -1,8 +1,8 @@
 """Makes a recording of this version: `python -m tests.records.recorder FOLDER`, as root.
 
-On a rig of its own it starts the daemon of this checkout, has it write every kind of record that there is, begins
-operations of every kind that are held in the middle, and kills it in the middle of a scale, when the old engine
-container has stopped and its files have not moved yet. What is in etcd then is the recording (see `recording`).
+It starts the daemon of this checkout on a rig, and makes it write every kind of record. Then it begins operations of
+every kind, holds each at an engine call, and kills the daemon during a scale, when the old engine container has stopped
+and its files are not transferred yet. The keys in etcd are the recording (see `recording`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.rig.patience import limit
 
 NODE, HOST = "recorded", "recorded-host"
 PREFIX = "/gpudock/v1/"
-# What is in the file that the container has whose scale is cut off.
+# The content of the file of the container whose scale is interrupted.
 KEPT = "kept"
 _ONE_NODE = ("--node-name", NODE, "--host-id", HOST, "--engine-timeout", "600", "--watch-checkpoint-interval", "1")
 _MIB = 1 << 20
@@ -45,7 +45,7 @@ HALF_SCALED, HALF_CREATED, HALF_RESIZED, USER = "half-scaled", "half-created", "
 
 
 def main() -> int:
-    """Make the recording."""
+    """Make the recording; returns the exit code."""
     folder = Path(sys.argv[1])
     if folder.exists():
         sys.stderr.write(f"{folder} exists: a recording is never changed\n")
@@ -56,7 +56,7 @@ def main() -> int:
 
 
 class _Recorder:
-    """One installation, from its first record to its death."""
+    """One installation, from its first record until its daemon is killed."""
 
     def __init__(self, rig: Rig) -> None:
         self._rig = rig
@@ -77,24 +77,24 @@ class _Recorder:
                     await self._without_host_paths()
                 async with self._running(engine=proxy) as caller:
                     await self._failures(caller, proxy)
-                    await self._cut_off(caller, proxy)
-                keys = _thinned(dump(self._rig.etcd, PREFIX))
+                    await self._interrupted(caller, proxy)
+                keys = _without_similar_operations(dump(self._rig.etcd, PREFIX))
                 return Recording(keys, await self._answers(keys), self._engine(), dict(self._files(keys)))
             finally:
                 detach_loop_devices(self._rig.folder)
 
     @asynccontextmanager
     async def _running(self, *flags: str, engine: EngineProxy | None = None) -> AsyncIterator[Caller]:
-        """The next daemon. One that is given a proxy of the engine dies in the middle of its first scale."""
-        before, mortal = self._daemon, engine is not None
-        environment = {KIND: "SCALE", DIE_AT: "before LayerStore.exchange"} if mortal else {}
+        """The next daemon. With an engine proxy it is killed during its first scale."""
+        before, killed = self._daemon, engine is not None
+        environment = {KIND: "SCALE", DIE_AT: "before LayerStore.exchange"} if killed else {}
         self._daemon = await self._rig.start_daemon(
             *FAST_FLAGS,
             *_ONE_NODE,
             *("--allowed-host-paths", str(self._host_path), "--volume-filesystem", "xfs"),
             *("--snapshot-max-entries", "1000"),
             *flags,
-            module="tests.faults.instrumented_daemon" if mortal else "gpudock_server",
+            module="tests.faults.instrumented_daemon" if killed else "gpudock_server",
             environment=environment,
             state_dir=before.state_dir if before else None,
             socket=before.socket if before else None,
@@ -102,14 +102,14 @@ class _Recorder:
         )
         async with Caller(self._daemon.target) as caller:
             yield caller
-        if not mortal:
+        if not killed:
             await asyncio.to_thread(self._daemon.stop)
         assert "Traceback" not in self._daemon.log_text, self._daemon.log_text
 
-    # -- what is whole -----------------------------------------------------------------------------------------------
+    # -- ended operations --------------------------------------------------------------------------------------------
 
     async def _containers(self, caller: Caller) -> None:
-        """One of each state, and one with everything that a spec has."""
+        """Make a container in each state, and one with every field of a spec."""
         await caller.create_volume("data", SIZE, owner="alice", labels={"team": "blue"})
         await _created(caller, "full", _full_spec(), owner="alice", request_id=_request_id(1))
         await caller.create("none")
@@ -133,7 +133,7 @@ class _Recorder:
             await until_state(caller, name, state)
 
     async def _histories(self, caller: Caller) -> None:
-        """Revisions of every cause, with their files and without."""
+        """Make revisions of every cause, with and without their files."""
         await caller.create("history", 1)
         await caller.shell("history", "echo first > /file")
         await caller.scale("history", 2, memory_bytes=128 * _MIB)
@@ -149,7 +149,7 @@ class _Recorder:
         await caller.update("large", hostname="second")
 
     async def _failures(self, caller: Caller, proxy: EngineProxy) -> None:
-        """Operations that failed, and one that was cancelled."""
+        """Make operations that fail, and one that is cancelled."""
         with suppress(grpc.aio.AioRpcError):
             await caller.create("never", command=("/not-there",))
         held = proxy.faults.hang("POST", "/containers/create")
@@ -163,7 +163,7 @@ class _Recorder:
         await caller.until_idle()
 
     async def _volumes(self, caller: Caller) -> None:
-        """Of every kind that the host can make, and with every cause of a revision that is to be had."""
+        """Make volumes of every kind that the host supports, with revisions of every cause."""
         await caller.create_volume("plain", labels={"a": "b"}, request_id=_request_id(2))
         await caller.resize_volume("data", SIZE + 8 * _MIB)
         for name in ("theirs", "theirs-too"):
@@ -177,7 +177,7 @@ class _Recorder:
         await caller.delete("deleted")
 
     async def _watched(self, caller: Caller) -> None:
-        """Watches hear nothing for so long that the daemon moves them on."""
+        """Keep watches idle for so long that the daemon writes their idle keys."""
         streams = (
             caller.containers.WatchContainers(container_service_pb2.WatchContainersRequest()),
             caller.volumes.WatchVolumes(volume_service_pb2.WatchVolumesRequest()),
@@ -194,13 +194,13 @@ class _Recorder:
         await asyncio.gather(*reading, return_exceptions=True)
 
     async def _images(self, caller: Caller) -> None:
-        """A container whose files are carried as an image."""
+        """Make a container whose files are transferred by a commit to an image."""
         await caller.create("carried", 1)
         await caller.shell("carried", "echo first > /file")
         await caller.scale("carried", 0)
 
     async def _without_host_paths(self) -> None:
-        """Nothing is bound any more: a daemon behind a proxy would bind it where the proxy runs."""
+        """Wait until no host path is bound: a daemon with a proxy would bind it in the namespaces of the proxy."""
         assert self._daemon is not None
         records = self._daemon.state_dir / "host-paths"
 
@@ -209,18 +209,18 @@ class _Recorder:
 
         await until(none)
 
-    # -- what is cut off ---------------------------------------------------------------------------------------------
+    # -- interrupted operations --------------------------------------------------------------------------------------
 
-    async def _cut_off(self, caller: Caller, proxy: EngineProxy) -> None:
-        """Operations of every kind, each held at a call to the engine; then the scale, in which the daemon dies."""
+    async def _interrupted(self, caller: Caller, proxy: EngineProxy) -> None:
+        """Begin operations of every kind, each held at an engine call; then the scale that kills the daemon."""
         await self._prepared(caller)
         held: list[asyncio.Task[None]] = []
-        for method, path, call in await self._halves(caller):
+        for method, path, call in await self._held_calls(caller):
             fault = proxy.faults.hang(method, path)
             held.append(asyncio.create_task(_log_failure(call())))
             hit = asyncio.create_task(fault.hit.wait())
             await asyncio.wait((hit, held[-1]), timeout=_HIT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            assert hit.done(), f"nothing asked the engine for {method} {path}: {held[-1]}"
+            assert hit.done(), f"no {method} {path} reached the engine: {held[-1]}"
         await _log_failure(
             progress_of(caller.containers.ScaleContainer(scale_request(HALF_SCALED, 1, snapshots=_NEVER)))
         )
@@ -237,8 +237,8 @@ class _Recorder:
         await caller.create(USER, mounts=[container_pb2.Mount(volume=HALF_RESIZED, target="/data")])
         await caller.create_volume("half-deleted", SIZE)
 
-    async def _halves(self, caller: Caller) -> list[tuple[str, str, Callable[[], Awaitable[object]]]]:
-        """Which request to the engine is held, and the call that leads to it."""
+    async def _held_calls(self, caller: Caller) -> list[tuple[str, str, Callable[[], Awaitable[object]]]]:
+        """The engine requests to hold, each with the call that causes it."""
         ids = {
             name: (await caller.get(name)).status.engine_id
             for name in ("half-stopped", "half-paused", "half-deleted", USER)
@@ -268,10 +268,10 @@ class _Recorder:
             ("DELETE", f"/volumes/{volume['Name']}", lambda: caller.delete_volume("half-deleted")),
         ]
 
-    # -- what is kept of it ------------------------------------------------------------------------------------------
+    # -- the parts of the recording ----------------------------------------------------------------------------------
 
     async def _answers(self, keys: Mapping[str, Stored]) -> Mapping[str, Any]:
-        """Those of a daemon of another node, which reads everything and drives nothing."""
+        """The answers of a daemon of another node, which drives no operation."""
         load(self._rig.etcd, "/read/", keys)
         reader = await self._rig.start_daemon(
             *FAST_FLAGS, *("--node-name", "reader", "--host-id", HOST, "--etcd-prefix", "/read/")
@@ -282,18 +282,18 @@ class _Recorder:
         return answers
 
     def _engine(self) -> dict[str, Any]:
-        """Where its folders were, and what it had for the scale, the create and the resize that were cut off."""
+        """The paths of folders, and the engine containers and volumes of the interrupted scale, create and resize."""
         assert self._daemon is not None
         engine = self._rig.engine
         listed = engine.call("GET", "/containers/json", query={"all": "1"})
-        inspected = [engine.call("GET", f"/containers/{inspected['Id']}/json") for inspected in listed]
+        containers = [engine.call("GET", f"/containers/{item['Id']}/json") for item in listed]
         parts = ("Id", "Image", "Config", "HostConfig", "GraphDriver")
         return {
             "data_root": str(engine.data_root),
             "state_dir": str(self._daemon.state_dir),
             "containers": {
                 inspected["Name"].removeprefix("/"): {part: inspected[part] for part in parts}
-                for inspected in inspected
+                for inspected in containers
                 if inspected["Config"]["Labels"].get("gpudock.name") in (HALF_SCALED, HALF_CREATED, USER)
             },
             "volumes": {
@@ -304,37 +304,37 @@ class _Recorder:
         }
 
     def _files(self, keys: Mapping[str, Stored]) -> Iterator[tuple[str, str]]:
-        """Of one container and of two volumes, one with the store that it is being copied to; others have the same."""
+        """The files of one container and of two volumes, one of them with the backing that it is copied to."""
         assert self._daemon is not None
         heads = ("containers/history", "volumes/data", f"volumes/{HALF_RESIZED}")
-        shown = {json.loads(keys[key].value)["record"]["uid"] for key in heads}
+        uids = {json.loads(keys[key].value)["record"]["uid"] for key in heads}
         arguments = [
             json.loads(stored.value)["record"]["arguments"] for key, stored in keys.items() if key.startswith("arg")
         ]
-        shown |= {record["copy_uid"] for record in arguments if "copy_uid" in record}
+        uids |= {record["copy_uid"] for record in arguments if "copy_uid" in record}
         for root in (self._daemon.state_dir / "volumes", self._rig.engine.data_root / "gpudock/snapshots" / NODE):
             for path in sorted(root.rglob("*.json")):
                 name = path.relative_to(root)
-                if name.parts[0] in shown and "diff" not in name.parts:
+                if name.parts[0] in uids and "diff" not in name.parts:
                     yield f"{root.name}/{name}", path.read_text()
 
 
-def _thinned(keys: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Without operations that are like another one: of the same kind, ended in the same way, with a result or none."""
-    seen: set[object] = set()
-    gone: set[str] = set()
+def _without_similar_operations(keys: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The keys without ended operations that equal another in kind, state, and having a result and a request id."""
+    sorts: set[object] = set()
+    left_out: set[str] = set()
     with_results = {key.split("/")[1] for key in keys if key.startswith("results/")}
     for key, stored in keys.items():
         if key.startswith("operations/"):
             record = json.loads(stored.value)["record"]
             sort = (record["kind"], record["state"], record["id"] in with_results, bool(record["request_id"]))
-            if record["end_time"] and sort in seen:
-                gone.add(record["id"])
-            seen.add(sort)
+            if record["end_time"] and sort in sorts:
+                left_out.add(record["id"])
+            sorts.add(sort)
     return {
         key: stored
         for key, stored in keys.items()
-        if not (key.startswith(("operations/", "results/")) and key.split("/")[1] in gone)
+        if not (key.startswith(("operations/", "results/")) and key.split("/")[1] in left_out)
     }
 
 
@@ -393,7 +393,7 @@ def _is_of(volume: Mapping[str, Any], name: str) -> bool:
 
 
 async def _log_failure(call: Any) -> None:
-    """What is cut off ends with an error; so does what is cancelled."""
+    """Await a call; print the error with which an interrupted or cancelled call ends."""
     try:
         await call
     except grpc.aio.AioRpcError as error:

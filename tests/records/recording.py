@@ -1,13 +1,13 @@
-"""A recording: what a gpudockd had in etcd when it was killed, what it answered, and what its engine had.
+"""A recording: the keys in etcd when a gpudockd was killed, its answers, and a part of its engine.
 
-A recording is a folder with four files of JSON, a line for each key, written by `recorder.py` and never changed:
+A recording is a folder with four JSON files, with a line for each key, written by `recorder.py` and never changed:
 
-- `etcd.json`: every key, and its value. A value that is compact JSON is written as JSON, any other as text. Keys are
-  below the prefix of the installation, which is left out.
-- `answers.json`: what a daemon of that version answers to calls that read, by the call; see `answers.py`.
-- `engine.json`: where the folders of the engine and of the daemon were, and the engine containers and volumes of some
-  operations that were cut off, as the engine's inspect calls show them.
-- `disk.json`: files of records beside the store, of some volumes and a container: below `volumes` in the state folder,
+- `etcd.json`: every key with its value. A value of compact JSON is written as JSON, any other as text. Keys are without
+  the prefix of the installation.
+- `answers.json`: the answers of a daemon of that version to RPCs that read; see `answers.py`.
+- `engine.json`: the paths of the folders of engine and daemon, and the engine containers and volumes of some
+  interrupted operations, as the engine's inspect calls show them.
+- `disk.json`: files with records on the disk, of some volumes and of a container: below `volumes` in the state folder,
   and below the node's folder of snapshots.
 """
 
@@ -29,7 +29,7 @@ _LEASE_SECONDS = 3600
 
 @dataclass(frozen=True)
 class Stored:
-    """A value in etcd. `leased`: it goes when a lease ends."""
+    """A value in etcd. `leased`: it is deleted when its lease ends."""
 
     value: bytes
     leased: bool
@@ -37,7 +37,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Recording:
-    """What `recorder.py` wrote. See the module's docstring; keys are without the prefix."""
+    """The content of a recording; see the docstring of the module. Keys are without the prefix."""
 
     keys: Mapping[str, Stored]
     answers: Mapping[str, Any]
@@ -46,14 +46,14 @@ class Recording:
 
     @staticmethod
     def read(folder: Path) -> Recording:
-        """The recording in a folder."""
+        """Read the recording in a folder."""
         etcd, answers, engine, disk = (json.loads((folder / f"{name}.json").read_text()) for name in _NAMES)
-        return Recording({key: _stored(one) for key, one in etcd.items()}, answers, engine, disk)
+        return Recording({key: _stored(content) for key, content in etcd.items()}, answers, engine, disk)
 
     def write(self, folder: Path) -> None:
-        """Make the folder."""
+        """Write the recording to a new folder."""
         folder.mkdir()
-        etcd = {key: _shown(one) for key, one in self.keys.items()}
+        etcd = {key: _to_json(stored) for key, stored in self.keys.items()}
         for name, content in zip(_NAMES, (etcd, self.answers, self.engine, self.disk), strict=True):
             lines = [f"{json.dumps(key)}: {_compact(value)}" for key, value in content.items()]
             (folder / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -65,7 +65,7 @@ def recordings() -> list[Path]:
 
 
 def dump(etcd: Etcd, prefix: str) -> dict[str, Stored]:
-    """All that etcd has below `prefix`."""
+    """All keys of etcd below `prefix`."""
     send = {"key": _base64(prefix), "range_end": _base64(prefix[:-1] + "0")}
     answer = http_unix.call(etcd.socket, "POST", "/v3/kv/range", send=send)
     return {
@@ -77,7 +77,7 @@ def dump(etcd: Etcd, prefix: str) -> dict[str, Stored]:
 
 
 def load(etcd: Etcd, prefix: str, keys: Mapping[str, Stored]) -> None:
-    """Put these below `prefix`, where nothing is."""
+    """Put keys below `prefix`, which must be empty."""
     lease = http_unix.call(etcd.socket, "POST", "/v3/lease/grant", send={"TTL": _LEASE_SECONDS})["ID"]
     for key, stored in keys.items():
         send = {"key": _base64(prefix + key), "value": base64.b64encode(stored.value).decode()}
@@ -85,14 +85,14 @@ def load(etcd: Etcd, prefix: str, keys: Mapping[str, Stored]) -> None:
 
 
 def replace_texts(text: str, replacements: Mapping[str, str]) -> str:
-    """`text` with others, such as ids of the engine's, in the place of those that are recorded."""
+    """`text` with recorded texts, such as engine ids, replaced by others."""
     for old, new in replacements.items():
         text = text.replace(old, new)
     return text
 
 
 def require_contains(new: object, old: object, where: str) -> None:
-    """Assert that all of `old` is in `new`, which may have more fields."""
+    """Assert that `new` has all values of `old`; it may have more fields. `where` is the path for messages."""
     match old:
         case dict():
             assert isinstance(new, dict), where
@@ -102,13 +102,13 @@ def require_contains(new: object, old: object, where: str) -> None:
         case list():
             assert isinstance(new, list), where
             assert len(new) == len(old), where
-            for number, (one, other) in enumerate(zip(new, old, strict=True)):
-                require_contains(one, other, f"{where}[{number}]")
+            for number, (new_item, old_item) in enumerate(zip(new, old, strict=True)):
+                require_contains(new_item, old_item, f"{where}[{number}]")
         case _:
             assert new == old, where
 
 
-def _shown(stored: Stored) -> dict[str, Any]:
+def _to_json(stored: Stored) -> dict[str, Any]:
     text = stored.value.decode()
     leased = {"leased": True} if stored.leased else {}
     try:
@@ -118,13 +118,13 @@ def _shown(stored: Stored) -> dict[str, Any]:
     return ({"json": content} if _compact(content) == text else {"text": text}) | leased
 
 
-def _stored(shown: Mapping[str, Any]) -> Stored:
-    text = _compact(shown["json"]) if "json" in shown else shown["text"]
-    return Stored(text.encode(), leased="leased" in shown)
+def _stored(entry: Mapping[str, Any]) -> Stored:
+    text = _compact(entry["json"]) if "json" in entry else entry["text"]
+    return Stored(text.encode(), leased="leased" in entry)
 
 
 def _compact(content: object) -> str:
-    """As pydantic writes it."""
+    """JSON as pydantic writes it."""
     return json.dumps(content, separators=(",", ":"), ensure_ascii=False)
 
 

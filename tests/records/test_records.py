@@ -1,4 +1,4 @@
-"""Every record of every recording is read, and nothing of it is lost when it is written again. No engine, no etcd."""
+"""Every record of every recording is read, and written again without a loss. These tests need no engine and no etcd."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from gpudock_server.ports import LayerPair
 from tests.records.recording import Recording, recordings, require_contains
 from tests.records.test_changes import FLAGS
 
-# What is in a value, by the beginning of its key.
+# The record type of a value, by the beginning of its key.
 _RECORDS: dict[str, type[Record]] = {
     "nodes": NodeRecord,
     "hosts": Holder,
@@ -64,9 +64,9 @@ _RECORDS: dict[str, type[Record]] = {
     "images": ImageOrigin,
 }
 _SNAPSHOTS = "snapshots/containers"
-# What has no record in it.
-_BARE = {"schema", "locks/containers", "locks/volumes", "idle/containers", "idle/volumes"}
-# An etcd of the daemon's own has this, with nothing in it, and the one of the tests has not.
+# Keys whose values have no record.
+_WITHOUT_RECORD = {"schema", "locks/containers", "locks/volumes", "idle/containers", "idle/volumes"}
+# Only an embedded etcd has this key, without a value; the etcd of the tests does not have it.
 _NOT_RECORDED = {"idle/keeper"}
 _ARGUMENTS: dict[OperationKind, type[Record]] = {
     OperationKind.CREATE: CreateArguments,
@@ -87,8 +87,8 @@ _ARGUMENTS: dict[OperationKind, type[Record]] = {
     OperationKind.DELETE_VOLUME: DeleteVolumeArguments,
     OperationKind.ADOPT_VOLUME: AdoptArguments,
 }
-# The results of steps, by the kind of resource that the operation changes.
-_FACTS: dict[tuple[ResourceKind, str], type[Record]] = {
+# The result types of steps, by the kind of the operation's resource.
+_STEP_RESULTS: dict[tuple[ResourceKind, str], type[Record]] = {
     (ResourceKind.CONTAINER, "create"): CreatedEngineContainer,
     (ResourceKind.CONTAINER, "locate"): LayerPair,
     (ResourceKind.CONTAINER, "carry"): LayerTransfer,
@@ -104,10 +104,9 @@ _FACTS: dict[tuple[ResourceKind, str], type[Record]] = {
     (ResourceKind.VOLUME, "locate"): LocatedContent,
     (ResourceKind.VOLUME, "difference"): TreeSummary,
 }
-# Results of steps that the newest recording has none of: those of a pull, of a graft, and of files that were not kept.
+# Result types that the newest recording does not have: of a pull, of a graft, and of files that were not kept.
 _RESULTS_NOT_RECORDED = {"PulledImage", "GraftedImage", "MissedSnapshot"}
-# Records that are never stored by themselves: what others inherit from, what the engine, the driver and the disk show,
-# what is found out of step, and plans.
+# Record types that are not stored: base classes, plans, drift, and what the engine, the driver and the disk show.
 _NEVER_STORED = {
     "CommitCost",
     "Drift",
@@ -128,7 +127,7 @@ _NEVER_STORED = {
     "VolumeUsage",
     "_CopyPlan",
 }
-# The methods of Keys that make a key or a range of them, with an example of what they take.
+# The methods of Keys that make a key or a key range, with example arguments.
 _UUID = "1b4e28ba-2fa1-41d2-883f-0016d3cca427"
 _MADE: dict[str, tuple[Any, ...]] = {
     "schema": (),
@@ -161,12 +160,12 @@ _MADE: dict[str, tuple[Any, ...]] = {
     "image_origin": ("n", "i"),
     "image_origins": ("n",),
 }
-_TAKES_KEYS_APART = {"claim_of", "last_segment", "lock_of"}
+_KEY_PARSERS = {"claim_of", "last_segment", "lock_of"}
 
 
 @pytest.fixture(params=recordings(), ids=lambda folder: folder.name)
 def recording(request: pytest.FixtureRequest) -> Recording:
-    """Each one there is."""
+    """Each recording."""
     return Recording.read(request.param)
 
 
@@ -174,7 +173,7 @@ def test_there_is_a_recording() -> None:
     assert recordings()
 
 
-def test_every_record_is_read_and_nothing_is_lost_when_it_is_written_again(recording: Recording) -> None:
+def test_every_record_is_read_and_written_again_without_a_loss(recording: Recording) -> None:
     for key, stored in recording.keys.items():
         if (record := _decoded(key, stored.value)) is None:
             continue
@@ -184,7 +183,7 @@ def test_every_record_is_read_and_nothing_is_lost_when_it_is_written_again(recor
 
 
 def test_arguments_and_results_of_steps_are_read(recording: Recording) -> None:
-    cut_off: set[OperationKind] = set()
+    unfinished: set[OperationKind] = set()
     facts: set[tuple[ResourceKind, str]] = set()
     for operation, arguments in _operations(recording):
         for stage in operation.stages:
@@ -192,28 +191,28 @@ def test_arguments_and_results_of_steps_are_read(recording: Recording) -> None:
                 step = (operation.target.kind, stage.name)
                 facts.add(step)
                 require_contains(
-                    _FACTS[step].model_validate(stage.facts).model_dump(mode="json"), stage.facts, operation.id
+                    _STEP_RESULTS[step].model_validate(stage.facts).model_dump(mode="json"), stage.facts, operation.id
                 )
         if arguments is None:
             assert operation.state.ended
             continue
-        cut_off.add(operation.kind)
+        unfinished.add(operation.kind)
         kept = _arguments(recording, operation)
         if isinstance(arguments, ChangePlan):
             # Read as the method of the change, and tested, by test_changes.
             kept = {name: value for name, value in kept.items() if name not in (*FLAGS, "carry")}
         require_contains(arguments.model_dump(mode="json"), kept, operation.id)
-    assert {_ARGUMENTS[kind] for kind in cut_off} == set(_ARGUMENTS.values())
-    assert facts == _FACTS.keys()
+    assert {_ARGUMENTS[kind] for kind in unfinished} == set(_ARGUMENTS.values())
+    assert facts == _STEP_RESULTS.keys()
 
 
 async def test_files_beside_the_store_are_read(recording: Recording, tmp_path: Path) -> None:
-    assert [one for one in await _on_disk(recording, tmp_path) if one is None] == []
+    assert [record for record in await _on_disk(recording, tmp_path) if record is None] == []
 
 
 def test_every_kind_of_key_is_in_the_newest_recording() -> None:
     declared = {name for name in vars(Keys) if not name.startswith("_")}
-    assert declared == _MADE.keys() | _TAKES_KEYS_APART
+    assert declared == _MADE.keys() | _KEY_PARSERS
     made: set[str] = set()
     for name, arguments in _MADE.items():
         match vars(Keys)[name](Keys("/p/"), *arguments):
@@ -223,8 +222,8 @@ def test_every_kind_of_key_is_in_the_newest_recording() -> None:
                 made.add(_kind(_without_prefix(start)))
             case WatchKeys(idle=key):
                 made.add(_kind(_without_prefix(key)))
-    known = _RECORDS.keys() | _BARE | _NOT_RECORDED | {_SNAPSHOTS}
-    assert {one for one in made if not _is_known(one, known)} == set()
+    known = _RECORDS.keys() | _WITHOUT_RECORD | _NOT_RECORDED | {_SNAPSHOTS}
+    assert {key_kind for key_kind in made if not _is_known(key_kind, known)} == set()
     newest = Recording.read(recordings()[-1])
     assert {_kind(key) for key in newest.keys} == known - _NOT_RECORDED
 
@@ -234,31 +233,32 @@ async def test_every_type_of_record_is_in_the_newest_recording(tmp_path: Path) -
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     newest = Recording.read(recordings()[-1])
-    seen: set[type[Record]] = set()
+    recorded: set[type[Record]] = set()
     for key, stored in newest.keys.items():
-        seen |= set(_types_in(_decoded(key, stored.value)))
+        recorded |= set(_types_in(_decoded(key, stored.value)))
     for operation, arguments in _operations(newest):
-        seen |= set(_types_in(arguments))
+        recorded |= set(_types_in(arguments))
         for stage in operation.stages:
-            seen |= {_FACTS[operation.target.kind, stage.name]} if stage.facts else set()
-    for one in await _on_disk(newest, tmp_path):
-        seen |= set(_types_in(one))
-    declared = {one for one in _subclasses(Record) if not one.__module__.startswith(__package__ or "tests")}
-    assert {one.__name__ for one in declared - seen} == _NEVER_STORED | _RESULTS_NOT_RECORDED
+            recorded |= {_STEP_RESULTS[operation.target.kind, stage.name]} if stage.facts else set()
+    for record in await _on_disk(newest, tmp_path):
+        recorded |= set(_types_in(record))
+    package = __package__ or "tests"
+    declared = {kind for kind in _subclasses(Record) if not kind.__module__.startswith(package)}
+    assert {record_type.__name__ for record_type in declared - recorded} == _NEVER_STORED | _RESULTS_NOT_RECORDED
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def _kind(key: str) -> str:
-    """The beginning of a key that says what its value is."""
+    """The beginning of a key, which identifies the type of its value."""
     first, _, rest = key.partition("/")
     return f"{first}/{rest.partition('/')[0]}" if first in ("revisions", "snapshots", "locks", "idle") else first
 
 
 def _is_known(kind: str, known: set[str]) -> bool:
-    """A range may span several kinds."""
-    return kind in known or (kind.endswith("/") and any(one.startswith(kind) for one in known))
+    """Whether `known` has this kind; a range may span several kinds."""
+    return kind in known or (kind.endswith("/") and any(other.startswith(kind) for other in known))
 
 
 def _without_prefix(key: bytes) -> str:
@@ -266,9 +266,9 @@ def _without_prefix(key: bytes) -> str:
 
 
 def _decoded(key: str, value: bytes) -> Record | None:
-    """The record behind a key; None where it has none. Raises RecordUnreadable."""
+    """The record of a key; None if its value has no record. Raises RecordUnreadable."""
     kind = _kind(key)
-    if kind in _BARE:
+    if kind in _WITHOUT_RECORD:
         return None
     if kind == _SNAPSHOTS:
         return decode_snapshot(key.encode(), value)
@@ -276,7 +276,7 @@ def _decoded(key: str, value: bytes) -> Record | None:
 
 
 def _operations(recording: Recording) -> Iterator[tuple[Operation, Record | None]]:
-    """Every operation, with its arguments where it has not ended."""
+    """Every operation, with its arguments if it has not ended."""
     for key, stored in recording.keys.items():
         if _kind(key) == "operations":
             operation = decode(Operation, key.encode(), stored.value)
@@ -285,31 +285,31 @@ def _operations(recording: Recording) -> Iterator[tuple[Operation, Record | None
 
 
 def _arguments(recording: Recording, operation: Operation) -> Any:
-    """What is recorded as the arguments of an operation; None where nothing is."""
+    """The recorded arguments of an operation; None if there are none."""
     stored = recording.keys.get(f"arguments/{operation.id}")
     return None if stored is None else json.loads(stored.value)["record"]["arguments"]
 
 
 async def _on_disk(recording: Recording, folder: Path) -> list[Record | None]:
-    """What the files say, read as the daemon reads them; None for what it cannot read."""
+    """The records in the files, read as the daemon reads them; None for a file that it cannot read."""
     read: list[Record | None] = []
     for path in _written(recording, folder):
         if path.name == "volume.json":
             backing, identity = BackingFolder(path.parents[1], path.parent.name).recorded() or (None, None)
-            # A store that a resize makes is no volume's own as yet.
+            # The backing that a resize makes belongs to no volume yet.
             read += [backing] if identity is None else [backing, identity]
         elif path.name == "meta.json":
             key = SnapshotKey(uid=path.parents[1].name, revision=int(path.parent.name))
             read.append(SnapshotFolders(str(path.parents[2])).meta(key))
         else:
             entries = await FolderRevisionBackupStore(path.parents[1]).read(path.parent.name)
-            read.append(next((one for one in entries if f"{one.number}.json" == path.name), None))
+            read.append(next((entry for entry in entries if f"{entry.number}.json" == path.name), None))
     assert len(recording.disk) <= len(read)
     return read
 
 
 def _written(recording: Recording, folder: Path) -> list[Path]:
-    """All files of records, written below a folder."""
+    """Write all files with records below a folder; returns their paths."""
     for name, text in recording.disk.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,14 +324,14 @@ def _types_in(value: object) -> Iterator[type[Record]]:
             for name in type(value).model_fields:
                 yield from _types_in(vars(value)[name])
         case tuple() | list():
-            for one in value:
-                yield from _types_in(one)
+            for record in value:
+                yield from _types_in(record)
         case Mapping():
-            for one in value.values():
-                yield from _types_in(one)
+            for record in value.values():
+                yield from _types_in(record)
 
 
 def _subclasses(kind: type[Record]) -> Iterator[type[Record]]:
-    for one in kind.__subclasses__():
-        yield one
-        yield from _subclasses(one)
+    for record_type in kind.__subclasses__():
+        yield record_type
+        yield from _subclasses(record_type)

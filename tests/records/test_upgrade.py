@@ -1,4 +1,4 @@
-"""A daemon of this version on the records of an earlier one: what it answers, and how it ends what was cut off."""
+"""A daemon of this version with the records of an earlier one: its answers, and the end of interrupted operations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.rig import Daemon, Rig
 
 _RUNNING, _FAILED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINER_STATE_FAILED
 _XFS_LOG_BYTES = 64 << 20
-# What the engine still has of the rest is nothing. Of the operations on that, these can be done nevertheless.
+# The engine has lost all other engine containers and volumes. The operations on these can succeed nevertheless.
 _DONE_WITHOUT_AN_ENGINE = {"half-stopped", "half-deleted", "half-made", "carried"}
 _GONE_CONTAINERS = {"half-deleted", "half-cloned", "half-undone"}
 _GONE_VOLUMES = {"half-deleted", "half-adopted"}
@@ -33,19 +33,19 @@ _GONE_VOLUMES = {"half-deleted", "half-adopted"}
 
 @pytest.fixture(params=recordings(), ids=lambda folder: folder.name)
 def recording(request: pytest.FixtureRequest) -> Recording:
-    """Each one there is."""
+    """Each recording."""
     return Recording.read(request.param)
 
 
 @pytest.fixture
 def prefix() -> str:
-    """That of an installation of the test's own."""
+    """The etcd prefix of an installation that only the test uses."""
     return f"/test-{uuid.uuid4().hex}/"
 
 
-async def test_it_answers_what_its_predecessor_answered(clean_engine: Rig, recording: Recording, prefix: str) -> None:
+async def test_the_daemon_answers_as_its_predecessor(clean_engine: Rig, recording: Recording, prefix: str) -> None:
     load(clean_engine.etcd, prefix, recording.keys)
-    # Of another node, so that it drives nothing and the records stay as they are.
+    # The daemon of another node drives no operation, so that the records are unchanged.
     flags = ("--node-name", "reader", "--host-id", HOST, "--etcd-prefix", prefix)
     async with _running(clean_engine, *flags) as (_, caller):
         answers = json.loads(json.dumps(await answers_of(caller)))
@@ -57,24 +57,26 @@ async def test_it_answers_what_its_predecessor_answered(clean_engine: Rig, recor
     assert recording.keys.keys() <= now.keys()
 
 
-async def test_it_ends_what_its_predecessor_had_begun(clean_engine: Rig, recording: Recording, prefix: str) -> None:
+async def test_the_daemon_ends_the_operations_of_its_predecessor(
+    clean_engine: Rig, recording: Recording, prefix: str
+) -> None:
     rig = clean_engine
     state_dir = rig.folder / f"records-{uuid.uuid4().hex[:8]}"
-    keys = _as_if_made_here(rig, recording, state_dir)
+    keys = _make_engine_state(rig, recording, state_dir)
     load(rig.etcd, prefix, keys)
     flags = ("--node-name", NODE, "--host-id", HOST, "--etcd-prefix", prefix)
     async with _running(rig, *flags, state_dir=state_dir) as (_, caller):
         await caller.until_idle()
-        await _scaled(caller, recording)
-        await _created(caller)
-        await _resized(caller)
-        await _all_operations_have_ended(caller, keys)
-        await _every_object_is_there(caller, keys, recording)
+        await _require_scaled(caller, recording)
+        await _require_created(caller)
+        await _require_resized(caller)
+        await _require_operations_ended(caller, keys)
+        await _require_objects(caller, keys, recording)
         drift = await caller.nodes.ListDrift(node_service_pb2.ListDriftRequest(page_size=1000))
         assert drift_pb2.DRIFT_KIND_RECORD_UNREADABLE not in {entry.kind for entry in drift.drift}
         left = dump(rig.etcd, prefix)
     assert not [key for key in left if key.startswith(("locks/", "arguments/"))]
-    # What these operations delete, or had made, and what an engine that has lost nearly everything holds no more.
+    # These may be gone: what the operations delete or had made, and claims of containers that the engine has lost.
     gone = [*(f"containers/{name}" for name in _GONE_CONTAINERS), *(f"volumes/{name}" for name in _GONE_VOLUMES)]
     of_gone = {_uid(keys, key) for key in gone}
     revision = f"containers/{_uid(keys, 'containers/carried')}/0000000001"
@@ -83,8 +85,8 @@ async def test_it_ends_what_its_predecessor_had_begun(clean_engine: Rig, recordi
         assert ended or key in gone or of_gone & set(key.split("/")) or key.endswith(revision), key
 
 
-async def _scaled(caller: Caller, recording: Recording) -> None:
-    """It goes on where it was cut off, and the files arrive."""
+async def _require_scaled(caller: Caller, recording: Recording) -> None:
+    """The scale was resumed, and the new engine container has the files."""
     container = await caller.get(HALF_SCALED)
     assert (container.status.state, container.revision) == (_RUNNING, 2)
     assert (container.spec.gpus.count, len(container.status.gpu_uuids)) == (1, 1)
@@ -94,20 +96,20 @@ async def _scaled(caller: Caller, recording: Recording) -> None:
     assert len(recording.answers[f"ListContainerRevisions {HALF_SCALED}"]) == 1
 
 
-async def _created(caller: Caller) -> None:
+async def _require_created(caller: Caller) -> None:
     container = await caller.get(HALF_CREATED)
     assert (container.status.state, container.revision) == (_RUNNING, 1)
     assert (await caller.run(HALF_CREATED, "true")).code == 0
 
 
-async def _resized(caller: Caller) -> None:
-    """The smaller store has the files, and the container that has it mounted was started again."""
+async def _require_resized(caller: Caller) -> None:
+    """The smaller volume has the files, and the container that mounts it was started again."""
     volume = await caller.volume(HALF_RESIZED)
     assert (volume.state, volume.size_bytes, volume.revision) == (volume_pb2.VOLUME_STATE_READY, SIZE, 2)
     assert await caller.shell(USER, "cat /data/file") == f"{KEPT}\n"
 
 
-async def _all_operations_have_ended(caller: Caller, keys: Mapping[str, Stored]) -> None:
+async def _require_operations_ended(caller: Caller, keys: Mapping[str, Stored]) -> None:
     listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(page_size=1000))
     operations = {operation.id: operation for operation in listed.operations}
     for key in keys:
@@ -124,13 +126,13 @@ async def _all_operations_have_ended(caller: Caller, keys: Mapping[str, Stored])
         assert bool(operation.error.reason) != done, operation
 
 
-async def _every_object_is_there(caller: Caller, keys: Mapping[str, Stored], recording: Recording) -> None:
-    """With the spec that it had; what the engine does not have any more has FAILED."""
-    there = {HALF_SCALED, HALF_CREATED, USER}
+async def _require_objects(caller: Caller, keys: Mapping[str, Stored], recording: Recording) -> None:
+    """Every container and volume exists with its spec; containers that the engine has lost are FAILED."""
+    alive = {HALF_SCALED, HALF_CREATED, USER}
     for sort, _, name in (key.partition("/") for key in keys):
         if sort == "containers" and name not in _GONE_CONTAINERS:
-            # Where an operation was at work, that is seen once it has ended.
-            await until_state(caller, name, _RUNNING if name in there else _FAILED, seconds=60)
+            # The state changes only once the operation on the container has ended.
+            await until_state(caller, name, _RUNNING if name in alive else _FAILED, seconds=60)
             container = await caller.get(name)
             assert container.uid == _uid(keys, f"{sort}/{name}")
             spec = dict(recording.answers[f"GetContainer {name}"]["spec"])
@@ -146,11 +148,14 @@ def _uid(keys: Mapping[str, Stored], key: str) -> str:
     return uid
 
 
-# -- what the predecessor left beside its records --------------------------------------------------------------------
+# -- the engine containers, volumes and files of the predecessor -----------------------------------------------------
 
 
-def _as_if_made_here(rig: Rig, recording: Recording, state_dir: Path) -> dict[str, Stored]:
-    """Make what belongs to the scale, the create and the resize; the records, with its names as they are here."""
+def _make_engine_state(rig: Rig, recording: Recording, state_dir: Path) -> dict[str, Stored]:
+    """Make the engine containers and volumes of the scale, the create and the resize.
+
+    Returns the records with the ids and paths of this engine.
+    """
     engine = rig.engine
     images = {tag: image["Id"] for image in engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()}
     names = {recording.engine["state_dir"]: str(state_dir)}
@@ -164,7 +169,7 @@ def _as_if_made_here(rig: Rig, recording: Recording, state_dir: Path) -> dict[st
         layer = engine.call("GET", f"/containers/{made}/json")["GraphDriver"]["Data"]["UpperDir"]
         names |= {had["Id"]: made, had["GraphDriver"]["Data"]["UpperDir"]: layer}
     names[recording.engine["data_root"]] = str(engine.data_root)
-    _make_stores(recording, state_dir, names)
+    _make_backings(recording, state_dir, names)
     return _with_inodes(
         {
             replace_texts(key, names): Stored(replace_texts(stored.value.decode(), names).encode(), stored.leased)
@@ -174,7 +179,7 @@ def _as_if_made_here(rig: Rig, recording: Recording, state_dir: Path) -> dict[st
 
 
 def _with_inodes(keys: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The scale's record names its layers by their inodes, too; in the old one lies a file."""
+    """Replace the inodes of layers in the scale's record, and write a file to the old layer."""
     changed = dict(keys)
     for key, stored in keys.items():
         record = json.loads(stored.value)["record"] if key.startswith("operations/") else {}
@@ -189,8 +194,8 @@ def _with_inodes(keys: Mapping[str, Stored]) -> dict[str, Stored]:
     return changed
 
 
-def _make_stores(recording: Recording, state_dir: Path, names: Mapping[str, str]) -> None:
-    """Make the two stores of the resize: what is to be copied, with a file in it, and the copy, as yet without."""
+def _make_backings(recording: Recording, state_dir: Path, names: Mapping[str, str]) -> None:
+    """Make the two backings of the resize: the source with a file, and the empty copy."""
     content = state_dir.parent / f"{state_dir.name}-file"
     content.write_text(f"{KEPT}\n")
     prototype = state_dir.parent / f"{state_dir.name}-prototype"
@@ -211,7 +216,7 @@ def _make_stores(recording: Recording, state_dir: Path, names: Mapping[str, str]
 
 
 def _replaced(content: Any, names: Mapping[str, str]) -> Any:
-    """JSON with names replaced wherever they stand."""
+    """JSON with texts replaced in all keys and values."""
     return json.loads(replace_texts(json.dumps(content), names))
 
 
