@@ -1,1 +1,1 @@
-"""gpudock beside the docker command line, on one engine, in one run: see docs/benchmarks.md."""
+"""Compares gpudock with the docker command line, on one engine and in one run; see docs/benchmarks.md."""

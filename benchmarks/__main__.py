@@ -1,6 +1,6 @@
-"""`python -m benchmarks [--quick] [--check] [--save NAME] [BENCHMARK…]`: measure, and print and keep the table.
+"""`python -m benchmarks [--quick] [--check] [--save NAME] [BENCHMARK…]`: measure, print the table and save samples.
 
-`python -m benchmarks --render`: write the tables of docs/benchmarks.md from the samples that are kept.
+`python -m benchmarks --render`: write the tables of docs/benchmarks.md from the saved samples.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _SAVED = re.compile(r"[a-z][a-z0-9-]*")
 
 
 def main() -> int:
-    """Returns the exit code: 0 also where a target is missed, unless `--check` is given; 1 where one could not run."""
+    """Returns the exit code: 1 if a benchmark could not run or, with `--check`, if a target is missed; else 0."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measure gpudock beside the docker command line."
+        prog="python -m benchmarks", description="Compare gpudock with the docker command line."
     )
     parser.add_argument("names", nargs="*", metavar="BENCHMARK", help=f"of {', '.join(_BENCHMARKS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="few rounds and less data: shows that it works, no more")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--quick", action="store_true", help="few rounds and less data, to test the benchmarks")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
     parser.add_argument(
         "--save",
         metavar="NAME",
-        help="keep the samples as results/NAME.json, to be committed (default: under the time, which git ignores)",
+        help="save the samples as results/NAME.json, to be committed (default: named by the time, ignored by git)",
     )
     parser.add_argument("--render", action="store_true", help="only rewrite the tables of docs/benchmarks.md")
     options = parser.parse_args()
@@ -83,11 +83,11 @@ def _render() -> int:
 
 
 def _run(names: Sequence[str], *, quick: bool, save: str | None) -> tuple[list[Row], list[str]]:
-    """The rows, and the names of the benchmarks that failed."""
+    """Run benchmarks; returns the rows, and the names of the benchmarks that failed."""
     began = datetime.now(UTC)
     rows: list[Row] = []
     failed: list[str] = []
-    # As in production: what etcd says it has is on the disk.
+    # As in production, etcd syncs its files.
     with Rig(gpus=8, images=(BUSYBOX, GLIBC), etcd_fsync=True) as rig:
         docker = DockerCli(rig)
         words = ["python", "-m", "benchmarks", *(["--quick"] if quick else []), *names]
@@ -98,7 +98,7 @@ def _run(names: Sequence[str], *, quick: bool, save: str | None) -> tuple[list[R
             try:
                 rows += asyncio.run(_BENCHMARKS[name](environment))
             except (RigError, grpc.RpcError):
-                # What the others found is worth keeping.
+                # The samples of the other benchmarks are saved.
                 traceback.print_exc()
                 failed.append(name)
             print(f"{name}: {time.monotonic() - before:.0f} s", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""From the call until the container runs: CreateContainer beside `docker run -d`."""
+"""The time from the call until the container runs: CreateContainer compared with `docker run -d`."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def device_requests(uuids: Sequence[str]) -> dict[str, Any]:
 
 
 async def measure_create(environment: Environment) -> list[Row]:
-    """One after the other with 0 and 1 GPUs, then eight at once.
+    """Measure creates one after the other, with 0 and 1 GPUs, then eight at once.
 
-    gpudock's client holds an open connection; `docker run` is a new process each time. The engine's own API, called
-    without a command line, is shown to tell that cost apart.
+    gpudock's client has an open connection; `docker run` is a new process each time. The row of the engine's API shows
+    the time without that process.
     """
     rows: list[Row] = []
     async with environment.daemon() as (caller, _):

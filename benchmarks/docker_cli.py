@@ -1,4 +1,4 @@
-"""The docker command line that came with the engine, timed from outside as a user's shell would."""
+"""The docker command line of the engine's version, timed from outside of its process."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.rig.engine import SYSTEM_PATH
 
 
 class DockerCli:
-    """Runs `docker` against the rig's engine, each time as a process of its own."""
+    """Runs `docker` with the rig's engine, each time as a new process."""
 
     def __init__(self, rig: Rig) -> None:
-        """Finds the one of the engine's version, else the first on PATH. Raises RigError where there is none."""
+        """Find the docker command of the engine's version, else the first on PATH. Raises RigError if there is none."""
         home = rig.folder / "docker-config"
         home.mkdir()
-        # An empty config: no contexts, no plugins to look for, nothing of the user's.
+        # An empty configuration, without contexts, plugins and settings of the user.
         self._environment = os.environ | {"DOCKER_HOST": rig.engine.url, "DOCKER_CONFIG": str(home)}
         engine = rig.engine.call("GET", "/version")["Version"]
         found = {path: self._version_of(path) for path in _candidates()}
@@ -36,22 +36,22 @@ class DockerCli:
         return done.stdout.strip()
 
     async def time(self, *arguments: str) -> float:
-        """Milliseconds from before `docker` starts until it has ended."""
+        """Milliseconds from before the start of `docker` until its end."""
         return await asyncio.to_thread(self._time, [self.path, *arguments])
 
     async def time_shell(self, script: str) -> float:
-        """Milliseconds of a shell script that calls `docker`."""
+        """Milliseconds of a shell script that calls `docker`, with the start of the shell."""
         folder = str(Path(self.path).parent)
         return await asyncio.to_thread(self._time, ["/bin/sh", "-euc", f'PATH="{folder}:$PATH"; {script}'])
 
     async def time_at_once(self, commands: Sequence[Sequence[str]]) -> float:
-        """Milliseconds until all of several `docker`s, started together, have ended."""
+        """Milliseconds until several `docker` processes, started together, have ended."""
         before = time.perf_counter()
         await asyncio.gather(*(self.time(*arguments) for arguments in commands))
         return (time.perf_counter() - before) * 1e3
 
     async def time_first_byte(self, *arguments: str) -> float:
-        """Milliseconds from before `docker` starts until its output begins."""
+        """Milliseconds from before the start of `docker` until its first output."""
         return await asyncio.to_thread(self._time_first_byte, [self.path, *arguments])
 
     def _time(self, words: Sequence[str]) -> float:
@@ -66,7 +66,7 @@ class DockerCli:
         before = time.perf_counter()
         with subprocess.Popen(words, stdout=subprocess.PIPE, env=self._environment) as process:
             if process.stdout is None or not process.stdout.read(1):
-                raise RigError(f"{' '.join(words)} said nothing")
+                raise RigError(f"{' '.join(words)} has no output")
             after = time.perf_counter()
             process.stdout.read()
         return (after - before) * 1e3

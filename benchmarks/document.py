@@ -1,7 +1,7 @@
-"""The tables of docs/benchmarks.md, which are made from the samples in benchmarks/results/ and from nothing else.
+"""The tables of docs/benchmarks.md, made from the samples in benchmarks/results/.
 
-Between `<!-- samples: NAME NAME -->` and `<!-- end of samples -->` stands, for each results/NAME.json, what it was
-measured on and its table.
+Between `<!-- samples: NAME NAME -->` and `<!-- end of samples -->` the document has, for each results/NAME.json, a
+heading about the machine, and the table.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _BEGIN, _END = "<!-- samples:", "<!-- end of samples -->"
 
 
 class MarkerError(Exception):
-    """The document's markers do not say which samples belong where, or there are no such samples."""
+    """The markers of the document are wrong, or the named samples cannot be read."""
 
 
 def rendered(text: str, results: Path = RESULTS) -> str:
-    """The document with the tables between its markers rendered again from their samples. Raises MarkerError."""
+    """The document with the tables between its markers made from their samples. Raises MarkerError."""
     found = list(MARKED.finditer(text))
     if any(len(found) != text.count(f"\n{mark}") for mark in (_BEGIN, _END)):
         raise MarkerError(f"each {_BEGIN} NAME --> needs one {_END} after it, each on a line of its own")
@@ -33,7 +33,7 @@ def rendered(text: str, results: Path = RESULTS) -> str:
 
 
 def shown(text: str) -> set[str]:
-    """The names of the results that a document shows."""
+    """The names of the results in a document."""
     return {name for match in MARKED.finditer(text) for name in match["names"].split()}
 
 
@@ -47,7 +47,7 @@ def _block(names: str, results: Path) -> str:
 def _table(name: str, path: Path) -> str:
     try:
         facts, rows = report.read(path)
-        # Few rounds show that a benchmark works and nothing else.
+        # A quick run has too few rounds to say which targets are met.
         return f"{machine.heading(facts)}\n\n{report.table(rows, judged=not facts['quick'])}\n"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MarkerError(f"the results {name} cannot be read from {path}: {error!r}") from error

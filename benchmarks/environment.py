@@ -1,4 +1,4 @@
-"""What every benchmark runs in: one rig, its docker command line, and daemons with the defaults of production."""
+"""The environment of every benchmark: one rig, its docker command line, and daemons with default settings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LOG_TAIL = 8000
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """One run's; `quick` asks for few rounds, to see that everything works."""
+    """The environment of one run; with `quick`, benchmarks take few rounds."""
 
     rig: Rig
     docker: DockerCli
     quick: bool
 
     def rounds(self, full: int) -> int:
-        """How many rounds to take where a real run takes `full`."""
+        """The number of rounds, where a complete run takes `full`."""
         return max(2, full // 6) if self.quick else full
 
     @asynccontextmanager
@@ -39,18 +39,18 @@ class Environment:
         daemon = await self.rig.start_daemon(*options)
         try:
             async with Caller(daemon.target) as caller:
-                await caller.holders()  # connects, so that no figure holds the way to the socket
+                await caller.holders()  # connects, so that no sample has the time of that
                 yield caller, daemon
                 await caller.delete_all()
         except BaseException:
-            print(daemon.log_text[-_LOG_TAIL:], file=sys.stderr)  # it goes with the rig
+            print(daemon.log_text[-_LOG_TAIL:], file=sys.stderr)  # the log is removed with the rig
             raise
         finally:
             await asyncio.to_thread(daemon.stop)
             await asyncio.to_thread(self.rig.engine.remove_all)
 
     async def engine(self, method: str, path: str, **options: Any) -> Any:  # noqa: ANN401 - JSON
-        """One call of the engine's API, on a connection of its own."""
+        """One call of the engine's API, on a new connection."""
         return await asyncio.to_thread(self.rig.engine.call, method, path, **options)
 
     async def moment(self, container: str, name: str) -> datetime:
@@ -59,7 +59,7 @@ class Environment:
         return datetime.fromisoformat(state[name])
 
     async def discard(self, container: str) -> None:
-        """Remove an engine container, if it is there."""
+        """Remove an engine container, if it exists."""
         try:
             await self.engine("DELETE", f"/containers/{container}", query={"force": "1"})
         except HttpStatusError as error:
@@ -68,12 +68,12 @@ class Environment:
 
 
 class Stopwatch:
-    """Started when made."""
+    """Measures the time since its construction."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
 
     @property
     def ms(self) -> float:
-        """Milliseconds since then."""
+        """Milliseconds since the construction."""
         return (time.perf_counter() - self._start) * 1e3

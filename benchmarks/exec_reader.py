@@ -1,7 +1,7 @@
-"""`python -m benchmarks.exec_reader WITH TARGET CONTAINER BYTES COMMAND…`: print the milliseconds of reading it.
+"""`python -m benchmarks.exec_reader WITH TARGET CONTAINER BYTES COMMAND…`: print the milliseconds of reading output.
 
-WITH is `client`, gpudock's own, or `stubs`, which is what the generator makes of the contract and nothing else. The
-bytes are counted: it fails where fewer or more come than BYTES. What they are is not compared.
+WITH is `client` for gpudock's Python client, or `stubs` for the generated stubs of the contract. The program fails if
+the output does not have BYTES bytes; the content is not compared.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ async def _by_stubs(target: str, container: str, command: list[str]) -> AsyncIte
 
 async def _read(lengths: AsyncIterator[int], amount: int) -> float:
     watch = Stopwatch()
-    seen = 0
+    count = 0
     async for length in lengths:
-        seen += length
-    if seen != amount:
-        raise SystemExit(f"{seen} bytes came of {amount}")
+        count += length
+    if count != amount:
+        raise SystemExit(f"{count} of {amount} bytes received")
     return watch.ms
 
 

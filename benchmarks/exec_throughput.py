@@ -1,4 +1,4 @@
-"""Commands in a running container: how soon the first byte comes, and how fast the rest."""
+"""Commands in a running container: the time until the first byte, and the throughput of output."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NONE = ""
 
 
 async def measure_exec(environment: Environment) -> list[Row]:
-    """Both sides run the same command in the same container.
+    """Measure gpudock and `docker exec` with the same command in the same container.
 
-    For the first byte gpudock's client holds an open connection and `docker exec` is a new process, as in use. For the
-    output gpudock's client is a process of its own, timed from before it connects, its interpreter's start left out,
-    with what README.md advises for much output in its environment; and once without. The `gpudock` command is timed
-    with the start of its interpreter, as `docker exec` is, with that advice and without it.
+    For the first byte, gpudock's client has an open connection, and `docker exec` is a new process. For the output,
+    gpudock's client is another process, timed from before it connects, without the start of its interpreter; with the
+    environment that README.md advises for much output, and without it. The `gpudock` command is timed with the start of
+    its interpreter, as `docker exec` is, with that environment and without it.
     """
     async with environment.daemon() as (caller, daemon):
         container = await caller.create(_NAME, image=GLIBC)
@@ -44,7 +44,7 @@ async def measure_exec(environment: Environment) -> list[Row]:
 
         rows = [versus(first_byte, "gpudock", "docker exec", name="exec first byte", unit=Unit.MS, target=Target(1.0))]
         amount = (1 << 28) if environment.quick else (1 << 30)
-        # head writes so little at a time that it holds back both sides; dd does not.
+        # head writes so little at a time that it limits both sides; dd does not.
         head = ["head", "-c", str(amount), "/dev/zero"]
         dd = ["dd", "if=/dev/zero", "bs=64k", f"count={amount >> 16}", "status=none"]
         for command in (head, dd):
@@ -56,13 +56,13 @@ async def _output(
     environment: Environment, daemon: Daemon, engine_id: str, command: list[str], amount: int
 ) -> list[Row]:
     async def ours() -> float:
-        return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command, experiments=_LEAN)
+        return amount / 1e3 / await _read_in_process("client", daemon.target, amount, command, experiments=_LEAN)
 
     async def as_it_comes() -> float:
-        return amount / 1e3 / await _read_elsewhere("client", daemon.target, amount, command, experiments=_NONE)
+        return amount / 1e3 / await _read_in_process("client", daemon.target, amount, command, experiments=_NONE)
 
     async def stubs() -> float:
-        return amount / 1e3 / await _read_elsewhere("stubs", daemon.target, amount, command, experiments=_NONE)
+        return amount / 1e3 / await _read_in_process("stubs", daemon.target, amount, command, experiments=_NONE)
 
     async def command_line(experiments: str) -> float:
         program = shlex.join([sys.executable, "-m", "gpudock.cli", "--address", daemon.target, "exec", _NAME, "--"])
@@ -107,18 +107,18 @@ async def _first_byte(caller: Caller, *command: str) -> float:
         if taken is None and answer.stdout:
             taken = watch.ms
     if taken is None:
-        raise RigError(f"{command} said nothing")
+        raise RigError(f"{command} has no output")
     return taken
 
 
-async def _read_elsewhere(way: str, target: str, amount: int, command: list[str], *, experiments: str) -> float:
-    """Milliseconds that a client in a process of its own took to read all of it, with what the reader calls `way`."""
+async def _read_in_process(way: str, target: str, amount: int, command: list[str], *, experiments: str) -> float:
+    """Milliseconds that a client in another process takes to read all output; `way` is an argument of exec_reader."""
     words = ["-m", "benchmarks.exec_reader", way, target, _NAME, str(amount), *command]
     environment = os.environ | {"GRPC_EXPERIMENTS": experiments}
     process = await asyncio.create_subprocess_exec(
         sys.executable, *words, stdout=asyncio.subprocess.PIPE, env=environment
     )
-    said, _ = await process.communicate()
+    output, _ = await process.communicate()
     if process.returncode:
         raise RigError(f"the reader ended with {process.returncode}")
-    return float(said)
+    return float(output)

@@ -1,8 +1,8 @@
-"""What history costs: downtime of scale and rollback while a process writes, and the disk that a revision takes.
+"""The cost of history: downtime of scale and rollback while a process writes, and disk usage of a revision.
 
-The files of the revision that ends are kept each time. Most of them are copied before the container stops, so the
-downtime must not grow with the layer; and what did not change is shared, so a further revision must take no more disk
-than what changed since the one before.
+The files of each ending revision are kept. Most of them are copied before the container stops, so that the downtime
+must not grow with the layer. Unchanged files are shared, so that a revision must not need more disk space than the
+files that were changed since the revision before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FLAT = Target(1.5)
 _SHARED = Target(1.2)
 _MB = 1_000_000
 _FILE_BYTES = 50 * _MB
-# 10 MB a second, into a hundred files in turn, for as long as it lives.
+# Writes 10 MB per second to a hundred files in turn, until it is stopped.
 _WRITING = """
 trap 'exit 0' TERM
 mkdir -p /log
@@ -42,14 +42,14 @@ _QUICK = ("empty layer", "0.3 GB")
 
 
 async def measure_history(environment: Environment) -> list[Row]:
-    """Scale and rollback beside stop, create and start by hand, which loses the files; then the disk."""
+    """Compare scale and rollback with stop, create and start, which lose the files; then measure disk usage."""
     rows: list[Row] = []
     layers = {what: size for what, size in _LAYERS.items() if not environment.quick or what in _QUICK}
     async with environment.daemon("--keep-revisions", "4") as (caller, _):
         for way in ("scale", "rollback"):
             ways = {}
             for what, size in layers.items():
-                changed = _Changed(environment, caller, f"{way}-{size // _MB}")
+                changed = _ChangingContainer(environment, caller, f"{way}-{size // _MB}")
                 await changed.make(size)
                 ways[what] = changed.scale if way == "scale" else changed.rollback
             by_hand = ScriptedReplacement(environment, _WRITER)
@@ -66,8 +66,8 @@ async def measure_history(environment: Environment) -> list[Row]:
     return rows
 
 
-class _Changed:
-    """A container in which a process writes, scaled from 1 GPU to 2 and back, or returned to a revision."""
+class _ChangingContainer:
+    """A container with a writing process, which is scaled between 1 and 2 GPUs or rolled back."""
 
     def __init__(self, environment: Environment, caller: Caller, name: str) -> None:
         self._environment = environment
@@ -75,18 +75,18 @@ class _Changed:
         self._name = name
 
     async def make(self, layer_bytes: int) -> None:
-        """Create it with so much in its writable layer, in files of 50 MB, and with a revision to return to."""
+        """Create the container with `layer_bytes` in its writable layer, in files of 50 MB, and an older revision."""
         await self._caller.create(self._name, 1, command=_WRITER)
         await _fill(self._caller, self._name, layer_bytes)
         await self._caller.scale(self._name, 2)
 
     async def scale(self) -> float:
-        """Milliseconds without a process."""
+        """Scale; returns the downtime in milliseconds."""
         gpus = 3 - (await self._caller.get(self._name)).spec.gpus.count
         return await self._downtime(self._caller.containers.ScaleContainer(scale_request(self._name, gpus)))
 
     async def rollback(self) -> float:
-        """To the latest revision with other GPUs; milliseconds without a process."""
+        """Roll back to the latest revision with another number of GPUs; returns the downtime in milliseconds."""
         gpus = (await self._caller.get(self._name)).spec.gpus.count
         kept = [revision for revision in await self._caller.revisions(self._name) if revision.HasField("snapshot")]
         revision = max(revision.revision for revision in kept if revision.spec.gpus.count != gpus)
@@ -114,9 +114,9 @@ async def _fill(caller: Caller, name: str, layer_bytes: int) -> None:
 
 
 async def _disk(environment: Environment, caller: Caller, layer_bytes: int) -> list[Row]:
-    """What the engine's data folder grows by with a further revision, when so much has changed since the one before.
+    """Measure the growth of the engine's data folder by one revision, for several amounts of changed files.
 
-    The container keeps all of these revisions: one that is pruned meanwhile would be taken off.
+    The container keeps all of these revisions, because pruning would free space.
     """
     await caller.create("disk", 0, revision_policy=container_pb2.RevisionPolicy(keep_revisions=100))
     await _fill(caller, "disk", layer_bytes)
@@ -147,16 +147,16 @@ async def _disk(environment: Environment, caller: Caller, layer_bytes: int) -> l
 
 
 async def _allocated(folder: str) -> int:
-    """Bytes of the blocks that all below a folder has on its filesystem, each inode counted once.
+    """The bytes of all blocks below a folder on its filesystem; each inode counts once.
 
-    What is buffered is written first, since some filesystems give out blocks only then. Blocks that two files share,
-    where a filesystem can do that, count twice: the figure may be too large there, and never too small.
+    Buffered data are written first, because some filesystems allocate blocks only then. Blocks that files share count
+    for each file, so that the result may be too large and is never too small.
     """
     await asyncio.to_thread(os.sync)
     words = ("du", "--summarize", "--one-file-system", "--block-size=1", "--", folder)
     process = await asyncio.create_subprocess_exec(
         *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
     )
-    # It ends with 1 where something was removed before its eyes, as the engine's own files of a moment are.
-    said, _ = await process.communicate()
-    return int(said.split()[0])
+    # It ends with 1 if a file was removed meanwhile, as temporary files of the engine are.
+    output, _ = await process.communicate()
+    return int(output.split()[0])

@@ -1,4 +1,4 @@
-"""What a run ran on: figures without it say nothing."""
+"""Facts about the machine and the versions of a run, which its figures depend on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from tests.rig.cleanup import BASE
 
 
 def facts(rig: Rig, docker: str) -> dict[str, Any]:
-    """Hardware, versions, the commit of the code, and how busy the machine was at the start.
-
-    `docker` is the version of the command line.
-    """
+    """Hardware, versions, commit and load at the start of a run. `docker` is the version of the command line."""
     engine = rig.engine.call("GET", "/version")
     info = rig.engine.call("GET", "/info")
     return {
@@ -50,7 +47,7 @@ def load() -> tuple[float, float, float]:
 
 
 def heading(machine: Mapping[str, Any]) -> str:
-    """The facts in a few lines."""
+    """The facts as text of a few lines."""
     failed = "".join(f"\n{name} could not be measured." for name in machine["failed"])
     return (
         f"{machine['date']}, `{machine['command']}`, commit {machine['commit']}:\n"
@@ -63,7 +60,7 @@ def heading(machine: Mapping[str, Any]) -> str:
 
 
 def _commit() -> str:
-    """Of the code that is measured; `unknown` outside of a repository."""
+    """The commit of the code; `unknown` outside of a repository."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -71,7 +68,7 @@ def _commit() -> str:
         return done.stdout.strip()
 
     commit = git("rev-parse", "--short=12", "HEAD")
-    # Samples of the run before are no change of the code.
+    # Results are no change of the code.
     changed = git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results")
     return commit + (" with changes that are not committed" if changed else "") or "unknown"
 

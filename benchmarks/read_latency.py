@@ -1,4 +1,4 @@
-"""What the daemon answers at once, with a hundred containers there, and the memory it takes to do so."""
+"""The latency of reads with a hundred containers, and the memory of the daemon."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tests.rig import Daemon, RigError
 _CONTAINERS = 100
 _AT_ONCE = 8
 _P50 = Target(2.0, unit="ms")
-# What README.md advises to programs that read much output. The command does not set it for itself.
+# GRPC_EXPERIMENTS that README.md advises for much output; the command does not set it by itself.
 _LEAN = "-event_engine_client"
 _AS_IT_COMES = "gRPC as it comes"
 
 
 async def measure_reads(environment: Environment) -> list[Row]:
-    """One caller, one call after the other, over the unix socket; a health check shows what the least call costs.
+    """Measure one caller with one call after the other over the unix socket; a health check is the cheapest call.
 
-    The hundred containers were started and have ended; the memory is the daemon's own (etcd is a process beside it).
+    The hundred containers were started and have ended. The memory is that of the daemon, without etcd.
     """
     async with environment.daemon() as (caller, daemon):
         idle = _resident_mb(daemon)
@@ -43,7 +43,7 @@ async def measure_reads(environment: Environment) -> list[Row]:
             answer = await caller.containers.ListContainers(
                 container_service_pb2.ListContainersRequest(page_size=_CONTAINERS)
             )
-            assert len(answer.containers) == _CONTAINERS  # noqa: S101 - else the figure is of something else
+            assert len(answer.containers) == _CONTAINERS  # noqa: S101 - the sample would be of another answer
 
         health = health_pb2_grpc.HealthStub(caller.channel)
 
@@ -104,7 +104,7 @@ def _latency_row(name: str, samples: Sequence[float], percent: int, target: Targ
 
 
 async def _command(target: str, experiments: str, *words: str) -> None:
-    """Run the command as a process of its own, to its end."""
+    """Run the `gpudock` command as a process, until its end."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gpudock.cli", "--address", target, *words),
         stdout=asyncio.subprocess.DEVNULL,

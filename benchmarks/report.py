@@ -1,4 +1,4 @@
-"""What a run found: rows with their targets, as a table to read and as JSON to keep."""
+"""The results of a run: rows with their targets, as a table, and as JSON with all samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SIDES = 2
 
 
 class Unit(StrEnum):
-    """What the figures of a row are in."""
+    """The unit of the figures of a row."""
 
     MS = "ms"
     MB = "MB"
@@ -26,14 +26,14 @@ class Unit(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a figure must be: at most the bound, or at least."""
+    """The bound of a figure: a maximum, or with `at_least` a minimum."""
 
     bound: float
     at_least: bool = False
     unit: str = ""
 
     def met_by(self, figure: float) -> bool:
-        """Whether a figure is good enough. Nothing is rounded in its favour."""
+        """Whether a figure meets the target. It is not rounded."""
         return figure >= self.bound if self.at_least else figure <= self.bound
 
     def __str__(self) -> str:
@@ -42,12 +42,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table, of which every figure is made from the samples.
+    """One row of the table; all figures are computed from the samples.
 
-    `samples` are those of gpudock by the name of its way, and then those of what it is compared with, if anything; they
-    are kept with five digits, and no figure is made of more. Of gpudock's samples `percent` of 100 are not above the
-    figure that is shown. The target is for the ratio where there is one, else for that figure; without a target the row
-    is there to put the others into proportion.
+    `samples` are those of gpudock and, if the row compares, those of the other side, by name. They are rounded to five
+    digits. The figure of gpudock is the `percent`-th percentile of its samples. The target is for the ratio if there is
+    one, else for that figure; a row without a target is only for comparison.
     """
 
     name: str
@@ -58,7 +57,7 @@ class Row:
     target: Target | None = None
 
     def __post_init__(self) -> None:
-        """Round the samples to what is kept of them."""
+        """Round the samples. Raises ValueError for a wrong number of sides, or a side without samples."""
         if not 1 <= len(self.samples) <= _SIDES or not all(self.samples.values()):
             raise ValueError(f"row {self.name!r} needs samples of gpudock, and of one other thing at most")
         kept = {way: [float(f"{sample:.5g}") for sample in samples] for way, samples in self.samples.items()}
@@ -66,18 +65,18 @@ class Row:
 
     @property
     def ours(self) -> float:
-        """Gpudock's figure."""
+        """The figure of gpudock."""
         samples = next(iter(self.samples.values()))
         return statistics.median(samples) if self.percent == _MEDIAN else percentile(samples, self.percent)
 
     @property
     def theirs(self) -> float | None:
-        """The median of what it is compared with."""
+        """The median of the other side; None without one."""
         return None if len(self.samples) < _SIDES else statistics.median(list(self.samples.values())[1])
 
     @property
     def ratio(self) -> Ratio | None:
-        """Of the two, round by round; None with nothing to compare, or where that was nothing."""
+        """The ratio of both sides, round by round; None without another side, or if one of its samples is 0."""
         if len(self.samples) < _SIDES:
             return None
         ours, theirs = self.samples.values()
@@ -85,14 +84,14 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target was met; None without one."""
+        """Whether the target is met; None without a target."""
         if self.target is None:
             return None
         return self.target.met_by(self.ours if self.ratio is None else self.ratio.median)
 
     @property
     def cells(self) -> list[str]:
-        """What the table shows."""
+        """The cells of the table."""
         met = {None: "", True: "yes", False: "**no**"}[self.met]
         return [
             self.name,
@@ -118,7 +117,7 @@ def versus(
     against: str = "",
     target: Target | None = None,
 ) -> Row:
-    """The row that two ways of one comparison make."""
+    """The row of two sides of a comparison."""
     chosen = {way: list(samples.by_name[way]) for way in (ours, theirs)}
     return Row(name=name, unit=unit, samples=chosen, against=against or theirs, target=target)
 
@@ -127,7 +126,7 @@ _HEAD = ["what", "gpudock", "against", "", "ratio (quartiles)", "target", "met"]
 
 
 def table(rows: Iterable[Row], *, judged: bool = True) -> str:
-    """Markdown, aligned to be read as it is; not `judged`, it does not say which targets were met."""
+    """An aligned Markdown table. Without `judged`, it does not say which targets are met."""
     lines = [_HEAD, *([*row.cells[:-1], row.cells[-1] if judged else ""] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
     text = [
@@ -138,14 +137,14 @@ def table(rows: Iterable[Row], *, judged: bool = True) -> str:
 
 
 def save(path: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Keep a run with every sample, one row a line."""
+    """Save a run with all samples, one row per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
     path.write_text(f'{{"machine": {json.dumps(machine, indent=1)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
-    """What `save` has written. Raises OSError; ValueError, KeyError and TypeError for anything else."""
+    """Read what `save` has written. Raises OSError; ValueError, KeyError and TypeError for other content."""
     kept = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for fields in kept["rows"]:

@@ -1,7 +1,7 @@
-"""Measuring several ways of doing one thing so that a noisy machine is noisy for all of them alike.
+"""Compares several ways of doing one thing so that a busy machine affects all of them alike.
 
-In every round each way is measured once, and every round begins with another one. Ratios are taken within a round, and
-the median of those is what counts: what slows the machine down for a while slows both sides of a ratio.
+In every round each way is measured once, and every round begins with another way. Ratios are taken within a round, and
+the result is their median: what slows the machine down for a while slows down both sides of a ratio.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MIDDLE_HALF = 4
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """The median of the rounds' ratios, and the quartiles around it."""
+    """The median of the rounds' ratios, and their quartiles."""
 
     median: float
     low: float
@@ -25,7 +25,7 @@ class Ratio:
 
     @classmethod
     def of(cls, ratios: Sequence[float]) -> Ratio:
-        """Of the ratio of every round."""
+        """Compute it from the ratios of all rounds."""
         if len(ratios) < 2:
             return cls(ratios[0], ratios[0], ratios[0])
         low, median, high = statistics.quantiles(ratios, n=_MIDDLE_HALF, method="inclusive")
@@ -37,13 +37,13 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """What each way gave, by its name, round by round."""
+    """The samples of each way by its name, in the order of the rounds."""
 
     by_name: Mapping[str, Sequence[float]]
 
 
 async def compare(rounds: int, ways: Mapping[str, Measure], *, warm_up: int = 1) -> Samples:
-    """Measure every way `rounds` times, after `warm_up` rounds that do not count."""
+    """Measure every way `rounds` times, after `warm_up` rounds without samples."""
     samples: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for number in range(-warm_up, rounds):
@@ -56,5 +56,5 @@ async def compare(rounds: int, ways: Mapping[str, Measure], *, warm_up: int = 1)
 
 
 def percentile(samples: Sequence[float], percent: int) -> float:
-    """The sample that `percent` of 100 are not above."""
+    """The `percent`-th percentile of samples."""
     return statistics.quantiles(samples, n=100, method="inclusive")[percent - 1]

@@ -1,7 +1,7 @@
 """The downtime while a container gets other GPUs: ScaleContainer compared with stop, create and start.
 
-Downtime is from the end of the old process (State.FinishedAt) to the start of the new one (State.StartedAt), as the
-engine's clock has both; what happens before and after does not count for either side.
+Downtime is the time from the end of the old process (State.FinishedAt) to the start of the new one (State.StartedAt),
+by the engine's clock. The time before and after that does not count for either side.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LAYERS = {_EMPTY: 0, _MEDIUM: 100 * _MB, _LARGE: 1000 * _MB}
 
 
 async def measure_scale(environment: Environment) -> list[Row]:
-    """The layer goes by exchange, whose time must not depend on what is in it; then by copy and by commit.
+    """Measure the transfer by exchange, whose time must not depend on the layer, then by copy and by commit.
 
     The new container gets 1 GPU if the old one had 2, and 2 if it had 1. With the docker command, the files are lost.
     """
@@ -92,13 +92,13 @@ class _Scaled:
         self._layer_bytes = 0
 
     async def make(self, layer_bytes: int) -> None:
-        """Create it with so much in its writable layer, all of it on the disk."""
+        """Create the container with `layer_bytes` in its writable layer, synced to the disk."""
         await self._caller.create(self._name, self._gpus)
         self._layer_bytes = layer_bytes
         await self._fill()
 
     async def downtime_of_new_files(self) -> float:
-        """Write its layer again, then scale it; the milliseconds of the scale."""
+        """Write the files of the layer again, then scale; returns the downtime in milliseconds."""
         await self._fill()
         return await self.downtime()
 
@@ -106,7 +106,7 @@ class _Scaled:
         await self._caller.shell(self._name, f"head -c {self._layer_bytes} /dev/zero >/data && sync")
 
     async def downtime(self) -> float:
-        """Scale it once; milliseconds."""
+        """Scale once; returns the downtime in milliseconds."""
         self._gpus = 3 - self._gpus
         old = (await self._caller.get(self._name)).status.engine_id
         finished: datetime | None = None
@@ -115,7 +115,7 @@ class _Scaled:
             if answer.WhichOneof("event") == "result":
                 new = answer.result.status.engine_id
             elif finished is None and has_started(answer.operation):
-                # The old one is removed once the new one has proved itself; until then it can be asked.
+                # The old engine container is removed once the new one is verified; until then it can be inspected.
                 finished = await self._environment.moment(old, "FinishedAt")
         if finished is None or new in ("", old):
             raise RigError("the scale did not replace the container")
@@ -125,7 +125,7 @@ class _Scaled:
 
 
 def has_started(operation: operation_pb2.Operation) -> bool:
-    """Whether the new engine container runs."""
+    """Whether the new engine container was started."""
     return any(
         stage.name == "start" and stage.state == operation_pb2.OPERATION_STAGE_STATE_SUCCEEDED
         for stage in operation.stages
@@ -133,7 +133,7 @@ def has_started(operation: operation_pb2.Operation) -> bool:
 
 
 class ScriptedReplacement:
-    """A container that is replaced without gpudock."""
+    """An engine container that is replaced without gpudock, which loses its files."""
 
     _numbers = itertools.count()
 
@@ -144,14 +144,14 @@ class ScriptedReplacement:
         self._gpus = 1
 
     async def by_command_line(self) -> float:
-        """Stop, create, start, as a script does it; milliseconds."""
+        """Stop, create and start by a script; returns the downtime in milliseconds."""
         old, new, gpu_uuids = await self._next()
         create = ["docker", "create", "--name", new, *docker_gpus(gpu_uuids), IMAGE, *self._command]
         await self._environment.docker.time_shell(f"docker stop {old} && {shlex.join(create)} && docker start {new}")
         return await self._downtime(old, new)
 
     async def by_engine_api(self) -> float:
-        """The least there can be: the new one is created before the old one stops, and no call costs a process."""
+        """The minimum downtime: create before the stop, without processes; returns the downtime in milliseconds."""
         old, new, gpu_uuids = await self._next()
         request = {"Image": IMAGE, "Cmd": list(self._command), "HostConfig": device_requests(gpu_uuids)}
         await self._environment.engine("POST", "/containers/create", query={"name": new}, send=request)
@@ -181,5 +181,5 @@ class ScriptedReplacement:
 
 
 def ms_between(earlier: datetime, later: datetime) -> float:
-    """Milliseconds from one moment to another."""
+    """Milliseconds between two times."""
     return (later - earlier).total_seconds() * 1e3

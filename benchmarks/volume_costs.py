@@ -1,4 +1,4 @@
-"""Volumes with a size: how long a change of it takes, and what writing to one costs beside an engine volume without."""
+"""Volumes with a size: the time of a resize, and write throughput compared with an engine volume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GROWTH = Target(300, unit="ms")
 _FLAT = Target(1.5)
 _WRITES = Target(0.9, at_least=True)
 _STEP_BYTES = 16 * _MIB
-# Beside the data, so that it can shrink by as much and grow in many steps.
+# Free space, so that the volume can shrink, and grow in many steps.
 _SPARE_BYTES = 1024 * _MIB
 _DATA = {"empty": 0, "0.3 GB": 300, "1 GB": 1000, "5 GB": 5000}
 _QUICK = ("empty", "0.3 GB")
@@ -25,7 +25,7 @@ _SIZE = 512 * _MIB
 
 
 async def measure_volumes(environment: Environment) -> list[Row]:
-    """Grow under a container with more and more data in it, shrink, create, and write inside."""
+    """Measure growing in use with different amounts of data, shrinking, creating, and writing inside."""
     async with environment.daemon() as (caller, _):
         rows = await _growing(environment, caller)
         await caller.delete_all()
@@ -37,10 +37,10 @@ async def measure_volumes(environment: Environment) -> list[Row]:
 
 
 async def _filled(caller: Caller, name: str, megabytes: int, size_bytes: int) -> None:
-    """A volume and a container that mounts it, with so much in it."""
+    """Create a volume and a container that mounts it, and write `megabytes` of data."""
     await caller.create_volume(name, size_bytes)
     await caller.create(name, mounts=[container_pb2.Mount(volume=name, target="/data")])
-    # In files of at most 100 MB, and of no zeros, so that it all has to be copied.
+    # Files of at most 100 MB without zeros, so that all of it must be copied.
     for number, left in enumerate(range(megabytes, 0, -100)):
         script = f"head -c {min(left, 100) * _MB} /dev/urandom > /data/{number} && sync"
         await caller.shell(name, script)
@@ -77,7 +77,7 @@ async def _growing(environment: Environment, caller: Caller) -> list[Row]:
 
 
 async def _shrinking(environment: Environment, caller: Caller) -> list[Row]:
-    """Megabytes of data a second, from the call until the container runs on the smaller one."""
+    """Measure megabytes of data per second, from the call until the container runs with the smaller volume."""
     megabytes = 300 if environment.quick else 1000
     size = megabytes * _MB + _SPARE_BYTES
     await _filled(caller, "shrinks", megabytes, size)
@@ -129,7 +129,7 @@ async def _creating(environment: Environment, caller: Caller) -> list[Row]:
 
 
 async def _writing(environment: Environment, caller: Caller) -> list[Row]:
-    """By `docker exec` on both sides: what differs is where it is written to."""
+    """Write by `docker exec` on both sides, to a volume of gpudock and to an engine volume."""
     megabytes = 100 if environment.quick else 300
     await _filled(caller, "writes", 0, _SIZE)
     sized = (await caller.get("writes")).status.engine_id

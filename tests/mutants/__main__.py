@@ -139,13 +139,13 @@ def _try(folder: Path, chosen: Sequence[Mutant]) -> None:
     digest = hashlib.sha256()
     for path in sorted((folder / "tests").rglob("*.py")):
         digest.update(path.read_bytes())
-    seen = folder / "tests.sha256"
-    if not seen.exists() or seen.read_text() != digest.hexdigest():
+    recorded = folder / "tests.sha256"
+    if not recorded.exists() or recorded.read_text() != digest.hexdigest():
         # mutmut then determines again which tests run which function.
         (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
         again = {Outcome.SURVIVED, Outcome.UNSEEN, Outcome.CRASHED}
         forget(folder, {mutant.name for mutant in read_mutants(folder) if mutant.outcome in again})
-        known_tests.write_text(digest.hexdigest())
+        recorded.write_text(digest.hexdigest())
     known = {mutant.name: mutant.outcome for mutant in read_mutants(folder)}
     if names := [mutant.name for mutant in chosen if known[mutant.name] is Outcome.OPEN]:
         todo = folder / "todo.txt"
