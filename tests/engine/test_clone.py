@@ -134,7 +134,7 @@ async def test_a_stopped_or_paused_source_keeps_its_state(caller: Caller, rig: R
     await require_consistent(caller, rig, "of-stopped", files)
 
 
-@pytest.mark.parametrize("carry", deep_except(["exchange"], ["exchange", "commit"]))
+@pytest.mark.parametrize("transfer", deep_except(["exchange"], ["exchange", "commit"]))
 async def test_a_clone_has_the_files_of_one_moment_while_the_source_writes(rig: Rig, transfer: str) -> None:
     daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--layer-carry", transfer)
     try:
@@ -171,7 +171,7 @@ async def test_a_clone_has_all_metadata_of_the_files(caller: Caller, rig: Rig) -
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("carry", ["copy", "commit"])
+@pytest.mark.parametrize("transfer", ["copy", "commit"])
 async def test_images_that_a_clone_needs_remain_after_the_source_is_deleted(rig: Rig, transfer: str) -> None:
     others = layer_images(rig)
     daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--layer-carry", transfer)
