@@ -36,8 +36,8 @@ def main() -> int:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help="groups of groups.toml (default: all)")
     parser.add_argument("--sample", type=int, default=0, help="try this many of a group's mutants (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the choice of mutants")
-    parser.add_argument("--fresh", action="store_true", help="discard the verdicts of earlier runs")
-    parser.add_argument("--report", action="store_true", help="try no mutants; report the verdicts of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="discard the results of earlier runs")
+    parser.add_argument("--report", action="store_true", help="try no mutants; report the results of earlier runs")
     options = parser.parse_args()
     groups: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("groups.toml").read_text())
     if unknown := set(options.groups) - groups.keys():
