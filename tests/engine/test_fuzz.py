@@ -1,8 +1,8 @@
-"""Random messages, to every RPC, through a real channel to a real daemon: never INTERNAL, never UNKNOWN.
+"""Random messages to every RPC of a real daemon: no call ends in INTERNAL or UNKNOWN.
 
 Every second request is valid and refers to a pool of containers, volumes and operations (tests/engine/fuzz_pool.py);
-validation must not refuse it. Of the others, most differ from a valid one in one field, and the rest are anything. The
-run's summary shows how they ended: requests that never reach a container prove nothing of it.
+validation must not refuse it. Most of the others differ from a valid request in one field; the rest are random. The
+summary of the run counts the statuses, which shows how many requests passed validation.
 
 `GPUDOCK_FUZZ_EXAMPLES=100000 make test-deep PYTEST_ARGS=tests/engine/test_fuzz.py` is the acceptance run.
 """
@@ -30,18 +30,18 @@ from tests.run_report import OUTCOMES
 
 pytestmark = pytest.mark.deep
 
-# Each example is two requests.
-_EACH = max(1, EXAMPLES // len(CALLS) // 2)
-# A request that changes something costs as much as what it changes, and the pool has to be restored after it.
-_EACH_MUTATION = max(8, _EACH // 8)
+# An example has two requests.
+_READ_EXAMPLES = max(1, EXAMPLES // len(CALLS) // 2)
+# A request that changes something is slow, and the pool has to be restored after it.
+_CHANGE_EXAMPLES = max(8, _READ_EXAMPLES // 8)
 _READING = ("Get", "List", "Watch")
 _SECONDS = 10.0
-_NEVER = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
-_AT_THE_DOOR = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+_FORBIDDEN = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+_REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
 
 @pytest.fixture(scope="module")
-def victim(rig: Rig, run_problems: list[str]) -> Iterator[Daemon]:
+def fuzzed_daemon(rig: Rig, run_problems: list[str]) -> Iterator[Daemon]:
     daemon = rig.daemon(*FAST_FLAGS, *own_state_flags())
     yield daemon
     run_problems += problems_at_end(daemon)
@@ -61,46 +61,46 @@ def test_there_are_valid_requests_for_every_rpc() -> None:
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.path.rpartition("/")[2])
-def test_any_message(
+def test_no_message_causes_an_internal_error(
     rig: Rig,
-    victim: Daemon,
+    fuzzed_daemon: Daemon,
     loop: asyncio.AbstractEventLoop,
     call: Call,
     request: pytest.FixtureRequest,
 ) -> None:
-    caller = loop.run_until_complete(_open(victim.target))
+    caller = loop.run_until_complete(_open(fuzzed_daemon.target))
     pool, reads = Pool(caller, rig), _method(call).startswith(_READING)
     valid = itertools.cycle(VALID_REQUESTS[_method(call)])
-    known = loop.run_until_complete(pool.restore())
-    anything = st.lists(
+    references = loop.run_until_complete(pool.restore())
+    random_messages = st.lists(
         requests(call.request) | corrupted(call.request), min_size=1, max_size=3 if call.client_streaming else 1
     )
-    drawn = changes(call.request) | changes(call.request) | anything
+    examples = changes(call.request) | changes(call.request) | random_messages
     outcomes: Counter[str] = Counter()
 
     def send(messages: list[Message]) -> grpc.StatusCode:
-        nonlocal known
+        nonlocal references
         code = loop.run_until_complete(outcome(caller.channel, call, messages, _SECONDS))
         outcomes[code.name] += 1
         if not reads:
-            known = loop.run_until_complete(pool.restore())
-        assert code not in _NEVER
+            references = loop.run_until_complete(pool.restore())
+        assert code not in _FORBIDDEN
         return code
 
-    # A failing example is kept in the database and printed as a blob, so that it can be repeated.
+    # Hypothesis keeps a failing example in its database and prints it as a blob, so that it can be repeated.
     @settings(
-        max_examples=_EACH if reads else _EACH_MUTATION,
+        max_examples=_READ_EXAMPLES if reads else _CHANGE_EXAMPLES,
         deadline=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
-    @given(drawn)
+    @given(examples)
     def fuzz(example: list[Message] | Callable[[Message], None]) -> None:
-        assert send([next(valid)(known)]) not in _AT_THE_DOOR
+        assert send([next(valid)(references)]) not in _REFUSED
         if isinstance(example, list):
             send(example)
         else:
-            changed = next(valid)(known)
+            changed = next(valid)(references)
             example(changed)
             send([changed])
 

@@ -1,4 +1,4 @@
-"""What the node has, as a limit of what a container of it may ask for."""
+"""The capacity of the node as a limit of the spec of a container."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from gpudock.v1 import container_pb2, container_service_pb2, node_service_pb2
 from tests.calls import Caller, failure_of, progress_of
 
 
-async def test_what_the_node_cannot_give_is_refused_with_the_request(caller: Caller) -> None:
+async def test_a_spec_beyond_the_capacity_of_the_node_is_invalid(caller: Caller) -> None:
     node = (await caller.nodes.GetNode(node_service_pb2.GetNodeRequest())).node
     cpus, memory = node.capacity.cpus, node.capacity.memory_bytes
-    asked = caller.spec(
+    spec = caller.spec(
         image="UPPER/x",
         cpus=cpus + 1,
         memory_bytes=memory + 1,
@@ -20,7 +20,7 @@ async def test_what_the_node_cannot_give_is_refused_with_the_request(caller: Cal
         mounts=[container_pb2.Mount(tmpfs=container_pb2.TmpfsMount(), target="/proc")],
     )
     for validate_only in (True, False):
-        request = container_service_pb2.CreateContainerRequest(name="much", spec=asked, validate_only=validate_only)
+        request = container_service_pb2.CreateContainerRequest(name="large", spec=spec, validate_only=validate_only)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await progress_of(caller.containers.CreateContainer(request))
         failure = failure_of(refused.value)
@@ -32,7 +32,7 @@ async def test_what_the_node_cannot_give_is_refused_with_the_request(caller: Cal
             "spec.shm_size_bytes",
             "spec.mounts[0].target",
         )
-    # All that there is can be had.
+    # A container may have the whole capacity.
     await caller.create("all", cpus=float(cpus), memory_bytes=memory, shm_size_bytes=memory)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await caller.update("all", "cpus", cpus=cpus + 1)

@@ -1,4 +1,4 @@
-"""Host paths: what a tenant does to the folders that it mounts never shows it anything else of the host."""
+"""Host paths: no change of the mounted folders gives a tenant access to other files of the host."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXITED = container_pb2.CONTAINER_STATE_EXITED
 
 @dataclass
 class Host:
-    """A folder that may be mounted, one that may not and begins with the same letters, and a daemon with this rule."""
+    """An allowed folder, a folder that is not allowed and whose name begins with the same letters, and a daemon."""
 
     rig: Rig
     daemons: IsolatedDaemons
@@ -42,21 +42,21 @@ class Host:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What the daemon was told of it."""
+        """The flags of the daemon."""
         return ("--allowed-host-paths", str(self.allowed))
 
     def mount(self, path: str, target: str, *, read_only: bool = False) -> container_pb2.Mount:
-        """A mount of something below the allowed folder."""
+        """A mount of a path below the allowed folder."""
         return container_pb2.Mount(host_path=str(self.allowed / path), target=target, read_only=read_only)
 
     def binds(self) -> list[str]:
-        """Where host paths are bound now, but for what killed daemons of other tests left on the same rig."""
-        return [place for place in bound_host_paths(self.rig) if place not in self.left]
+        """The targets of bound host paths, without those that killed daemons of other tests left on the rig."""
+        return [target for target in bound_host_paths(self.rig) if target not in self.left]
 
 
 @pytest.fixture
 def folders() -> Iterator[Path]:
-    """Two folders whose names begin alike."""
+    """Two folders whose names begin with the same letters."""
     with tempfile.TemporaryDirectory(prefix="gpudock-test-") as folder:
         (Path(folder) / "srv/u/sub").mkdir(parents=True)
         (Path(folder) / "srv/u/sub/name").write_text("sub")
@@ -67,15 +67,15 @@ def folders() -> Iterator[Path]:
 
 @pytest_asyncio.fixture
 async def host(daemons: IsolatedDaemons, folders: Path) -> Host:
-    """A daemon that lets these folders be mounted."""
+    """A daemon that allows one of the folders as a host path."""
     left = frozenset(bound_host_paths(daemons.rig))
     daemon = await daemons.start("--allowed-host-paths", str(folders / "srv"), "--orphan-grace", "0")
     return Host(daemons.rig, daemons, daemon, folders / "srv", folders / "srv-secret", left)
 
 
 @pytest_asyncio.fixture
-async def tenant(host: Host) -> AsyncIterator[Caller]:
-    """Calls that daemon; when all is deleted nothing is bound any more."""
+async def path_caller(host: Host) -> AsyncIterator[Caller]:
+    """A caller of the daemon of `host`; asserts that no host path is bound after all containers are deleted."""
     async with Caller(host.daemon.target) as caller:
         yield caller
         if host.daemon.running:
@@ -83,99 +83,99 @@ async def tenant(host: Host) -> AsyncIterator[Caller]:
     assert host.binds() == []
 
 
-async def restarted_by_engine(host: Host, tenant: Caller, name: str, script: str) -> bool:
-    """Do something inside and end the first process; whether the engine could start the container again."""
-    engine_id = (await tenant.get(name)).status.engine_id
+async def restarted_by_engine(host: Host, path_caller: Caller, name: str, script: str) -> bool:
+    """Run a script in a container and end its main process; whether the engine could restart the container."""
+    engine_id = (await path_caller.get(name)).status.engine_id
     before = (await asyncio.to_thread(docker_inspect, host.rig, engine_id))["State"]["StartedAt"]
-    await tenant.run(name, "sh", "-c", f"{script}; kill -TERM 1")
+    await path_caller.run(name, "sh", "-c", f"{script}; kill -TERM 1")
     state: dict[str, Any] = {}
 
-    async def tried() -> bool:
+    async def has_restarted_or_failed() -> bool:
         state.update((await asyncio.to_thread(docker_inspect, host.rig, engine_id))["State"])
         if state["Running"]:
-            # It also says so while it waits for its restart.
+            # The engine also reports Running while a container waits for its restart.
             return bool(state["StartedAt"] != before and not state["Restarting"])
         return bool(state["Error"])
 
-    await until(tried)
+    await until(has_restarted_or_failed)
     return bool(state["Running"])
 
 
-async def cannot_reach(host: Host, tenant: Caller, name: str) -> None:
-    """Neither read nor write what is not below the allowed folder."""
+async def require_unreachable(host: Host, path_caller: Caller, name: str) -> None:
+    """Assert that a container can neither read nor write files outside the allowed folder."""
     key = f"/s{host.secret}/key"
-    assert (await tenant.run(name, "cat", key)).code != 0
-    await tenant.run(name, "sh", "-c", f"echo broken > {key}")
+    assert (await path_caller.run(name, "cat", key)).code != 0
+    await path_caller.run(name, "sh", "-c", f"echo broken > {key}")
     assert (host.secret / "key").read_text() == "secret"
-    assert (await tenant.run(name, "test", "-d", "/s/proc")).code != 0
+    assert (await path_caller.run(name, "test", "-d", "/s/proc")).code != 0
 
 
 SWAP = "mv /m/sub /m/moved && ln -s / /m/sub"
 
 
-# -- what a container exchanges --------------------------------------------------------------------------------------
+# -- folders that a container replaces -------------------------------------------------------------------------------
 
 
 @pytest.mark.deep
-async def test_engine_restart_after_a_swap_within_one_container(host: Host, tenant: Caller) -> None:
+async def test_engine_restart_after_a_swap_within_one_container(host: Host, path_caller: Caller) -> None:
     mounts = [host.mount("u", "/m"), host.mount("u/sub", "/s")]
-    await tenant.create("evil", restart_policy=ALWAYS, mounts=mounts)
-    assert await restarted_by_engine(host, tenant, "evil", SWAP)
+    await path_caller.create("evil", restart_policy=ALWAYS, mounts=mounts)
+    assert await restarted_by_engine(host, path_caller, "evil", SWAP)
     assert (host.allowed / "u/sub").is_symlink()
-    await cannot_reach(host, tenant, "evil")
-    # It is the folder that it was, wherever that is now.
-    assert await tenant.shell("evil", "cat /s/name") == "sub"
+    await require_unreachable(host, path_caller, "evil")
+    # The mount is still of the original folder, which was moved.
+    assert await path_caller.shell("evil", "cat /s/name") == "sub"
 
 
 @pytest.mark.deep
-async def test_engine_restart_after_a_swap_by_another_container(host: Host, tenant: Caller) -> None:
-    await tenant.create("victim", restart_policy=ALWAYS, mounts=[host.mount("u/sub", "/s", read_only=True)])
-    await tenant.create("helper", mounts=[host.mount("u", "/m")])
-    await tenant.shell("helper", SWAP)
-    assert await restarted_by_engine(host, tenant, "victim", "true")
-    await cannot_reach(host, tenant, "victim")
-    assert await tenant.shell("victim", "cat /s/name") == "sub"
-    assert (await tenant.run("victim", "touch", "/s/new")).code != 0
+async def test_engine_restart_after_a_swap_by_another_container(host: Host, path_caller: Caller) -> None:
+    await path_caller.create("victim", restart_policy=ALWAYS, mounts=[host.mount("u/sub", "/s", read_only=True)])
+    await path_caller.create("helper", mounts=[host.mount("u", "/m")])
+    await path_caller.shell("helper", SWAP)
+    assert await restarted_by_engine(host, path_caller, "victim", "true")
+    await require_unreachable(host, path_caller, "victim")
+    assert await path_caller.shell("victim", "cat /s/name") == "sub"
+    assert (await path_caller.run("victim", "touch", "/s/new")).code != 0
 
 
 @pytest.mark.deep
-async def test_engine_restart_after_a_folder_is_deleted_and_replaced(host: Host, tenant: Caller) -> None:
-    """No bind mount of a folder that is deleted can be made: the container ends, and shows nothing else."""
+async def test_engine_restart_after_a_folder_is_deleted_and_replaced(host: Host, path_caller: Caller) -> None:
+    """A deleted folder cannot be bind mounted, so that the engine cannot start the container."""
     mounts = [host.mount("u", "/m"), host.mount("u/sub", "/s")]
-    await tenant.create("evil", restart_policy=ALWAYS, mounts=mounts)
-    assert not await restarted_by_engine(host, tenant, "evil", "rm -r /m/sub && ln -s / /m/sub")
-    assert (await failure(tenant.restart("evil"))).reason == "HOST_PATH_FORBIDDEN"
+    await path_caller.create("evil", restart_policy=ALWAYS, mounts=mounts)
+    assert not await restarted_by_engine(host, path_caller, "evil", "rm -r /m/sub && ln -s / /m/sub")
+    assert (await failure(path_caller.restart("evil"))).reason == "HOST_PATH_FORBIDDEN"
 
 
-async def test_what_was_swapped_is_refused_before_anything_stops(host: Host, tenant: Caller) -> None:
+async def test_a_swapped_folder_is_refused_before_the_container_is_stopped(host: Host, path_caller: Caller) -> None:
     mounts = [host.mount("u", "/m"), host.mount("u/sub", "/s")]
-    before = await tenant.create("evil", mounts=mounts)
-    await tenant.shell("evil", SWAP)
-    for call in (tenant.restart("evil"), tenant.scale("evil", 1), tenant.update("evil", env={"A": "b"})):
+    before = await path_caller.create("evil", mounts=mounts)
+    await path_caller.shell("evil", SWAP)
+    for call in (path_caller.restart("evil"), path_caller.scale("evil", 1), path_caller.update("evil", env={"A": "b"})):
         refused = await failure(call)
         assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "HOST_PATH_FORBIDDEN")
         assert refused.metadata["host_path"] == str(host.allowed / "u/sub")
         assert refused.metadata["detail"] == f"{host.allowed}/u/sub is a symbolic link"
-    after = await tenant.get("evil")
+    after = await path_caller.get("evil")
     assert (after.status.state, after.status.start_time) == (RUNNING, before.status.start_time)
-    await tenant.shell("evil", "rm /m/sub && mv /m/moved /m/sub")
-    await tenant.restart("evil")
-    assert await tenant.shell("evil", "cat /s/name") == "sub"
+    await path_caller.shell("evil", "rm /m/sub && mv /m/moved /m/sub")
+    await path_caller.restart("evil")
+    assert await path_caller.shell("evil", "cat /s/name") == "sub"
 
 
-async def test_a_start_by_us_mounts_what_the_path_leads_to_now(host: Host, tenant: Caller) -> None:
-    await tenant.create("user", mounts=[host.mount("u/sub", "/s")])
+async def test_a_start_by_the_daemon_mounts_the_current_folder_of_the_path(host: Host, path_caller: Caller) -> None:
+    await path_caller.create("user", mounts=[host.mount("u/sub", "/s")])
     (host.allowed / "u/sub").rename(host.allowed / "u/old")
     (host.allowed / "u/sub").mkdir()
     (host.allowed / "u/sub/name").write_text("other")
-    await tenant.restart("user")
-    assert await tenant.shell("user", "cat /s/name") == "other"
+    await path_caller.restart("user")
+    assert await path_caller.shell("user", "cat /s/name") == "other"
 
 
-# -- what may be mounted at all --------------------------------------------------------------------------------------
+# -- paths that may be mounted ---------------------------------------------------------------------------------------
 
 
-async def test_paths_that_are_refused(host: Host, tenant: Caller) -> None:
+async def test_a_link_or_a_path_outside_the_allow_list_is_refused(host: Host, path_caller: Caller) -> None:
     (host.allowed / "link").symlink_to(host.secret)
     (host.allowed / "u/inner").symlink_to("sub")
     refused = {
@@ -186,92 +186,93 @@ async def test_paths_that_are_refused(host: Host, tenant: Caller) -> None:
         "u/sub/name/x": f"{host.allowed}/u/sub/name/x: Not a directory",
     }
     for path, detail in refused.items():
-        answer = await failure(tenant.create("none", mounts=[host.mount(path, "/s")]))
-        assert (answer.reason, answer.metadata["detail"]) == ("HOST_PATH_FORBIDDEN", detail)
-    # Not below /…/srv, though the name begins with it.
+        error = await failure(path_caller.create("none", mounts=[host.mount(path, "/s")]))
+        assert (error.reason, error.metadata["detail"]) == ("HOST_PATH_FORBIDDEN", detail)
+    # The name of the first folder begins with that of the allowed folder `srv`.
     for outside in (host.secret, host.secret / "key", host.allowed.parent, Path("/")):
         mount = container_pb2.Mount(host_path=str(outside), target="/s")
-        answer = await failure(tenant.create("none", mounts=[mount]))
-        assert (answer.reason, answer.metadata["allowed"]) == ("HOST_PATH_FORBIDDEN", str(host.allowed))
-        assert answer.metadata["detail"] == "not below any of allowed_host_paths"
+        error = await failure(path_caller.create("none", mounts=[mount]))
+        assert (error.reason, error.metadata["allowed"]) == ("HOST_PATH_FORBIDDEN", str(host.allowed))
+        assert error.metadata["detail"] == "not below any of allowed_host_paths"
     plain = f"{host.allowed}/u/sub"
     for spelling in (f"/{plain}", f"{host.allowed}//u/sub", f"{host.allowed}/./u/sub", f"{plain}/"):
-        answer = await failure(tenant.create("none", mounts=[container_pb2.Mount(host_path=spelling, target="/s")]))
-        assert answer.metadata["detail"] == (f"host path must not contain `//`, `.`, `..` or end in `/`; use {plain}")
+        mount = container_pb2.Mount(host_path=spelling, target="/s")
+        error = await failure(path_caller.create("none", mounts=[mount]))
+        assert error.metadata["detail"] == (f"host path must not contain `//`, `.`, `..` or end in `/`; use {plain}")
 
 
-async def test_files_read_only_mounts_and_the_allowed_folder_itself(host: Host, tenant: Caller) -> None:
+async def test_a_file_a_read_only_folder_and_the_allowed_folder_can_be_mounted(host: Host, path_caller: Caller) -> None:
     mounts = [
         host.mount("u/sub/name", "/file"),
         host.mount("u/sub/name", "/same", read_only=True),
         host.mount("u", "/ro", read_only=True),
         container_pb2.Mount(host_path=str(host.allowed), target="/all"),
     ]
-    container = await tenant.create("user", mounts=mounts)
+    container = await path_caller.create("user", mounts=mounts)
     assert list(container.spec.mounts) == mounts
-    await tenant.shell("user", "echo new > /file")
-    assert await tenant.shell("user", "cat /same /ro/sub/name /all/u/sub/name") == "new\n" * 3
+    await path_caller.shell("user", "echo new > /file")
+    assert await path_caller.shell("user", "cat /same /ro/sub/name /all/u/sub/name") == "new\n" * 3
     for path in ("/same", "/ro/sub/name", "/ro/created"):
-        assert (await tenant.run("user", "sh", "-c", f"echo x > {path}")).code != 0
+        assert (await path_caller.run("user", "sh", "-c", f"echo x > {path}")).code != 0
     assert len(host.binds()) == 3
     modes = await asyncio.to_thread(host.rig.run, "find", "/run/gpudock-host-paths", "-maxdepth", "2", "-printf", "%m ")
-    # Root's, the installation's and the container's folder.
+    # The folder of all targets, that of the installation and that of the container.
     assert len(modes.stdout.split()) >= 3
     assert set(modes.stdout.split()) == {"700"}
-    await tenant.scale("user", 1)
-    assert await tenant.shell("user", "cat /file") == "new\n"
-    # The predecessor's are gone with it.
+    await path_caller.scale("user", 1)
+    assert await path_caller.shell("user", "cat /file") == "new\n"
+    # The bind mounts of the old engine container were released with it.
     assert len(host.binds()) == 3
 
 
-async def test_mounts_of_the_host_below_a_path_are_seen(host: Host, tenant: Caller) -> None:
+async def test_a_mount_includes_mounts_of_the_host_below_its_path(host: Host, path_caller: Caller) -> None:
     host.rig.run("mount", "-t", "tmpfs", "inner", str(host.allowed / "u/sub"))
     try:
         host.rig.run("touch", str(host.allowed / "u/sub/inner"))
-        await tenant.create("user", mounts=[host.mount("u", "/m")])
-        assert (await tenant.shell("user", "ls /m/sub")).split() == ["inner"]
-        await tenant.delete("user")
+        await path_caller.create("user", mounts=[host.mount("u", "/m")])
+        assert (await path_caller.shell("user", "ls /m/sub")).split() == ["inner"]
+        await path_caller.delete("user")
         assert host.binds() == []
     finally:
         host.rig.run("umount", str(host.allowed / "u/sub"))
 
 
-# -- what is left ----------------------------------------------------------------------------------------------------
+# -- release of bind mounts ------------------------------------------------------------------------------------------
 
 
-async def test_a_create_that_fails_leaves_nothing_bound(host: Host, tenant: Caller) -> None:
-    answer = await failure(tenant.create("none", command=("/no/such",), mounts=[host.mount("u", "/m")]))
-    assert answer.reason == "START_FAILED"
+async def test_a_create_that_fails_leaves_no_bind_mount(host: Host, path_caller: Caller) -> None:
+    error = await failure(path_caller.create("none", command=("/no/such",), mounts=[host.mount("u", "/m")]))
+    assert error.reason == "START_FAILED"
     assert host.binds() == []
     assert list((host.daemon.state_dir / "host-paths").iterdir()) == []
 
 
-async def test_an_operation_that_is_taken_up_checks_what_it_recorded(host: Host, tenant: Caller) -> None:
-    """Its daemon is killed after the check and before the bind; meanwhile another container swaps the folder."""
-    await tenant.create("helper", mounts=[host.mount("u", "/m")])
-    await stopped(host.daemon)
+async def test_a_resumed_operation_checks_its_recorded_host_paths_again(host: Host, path_caller: Caller) -> None:
+    """The daemon is killed between the check and the bind; then another container swaps the folder."""
+    await path_caller.create("helper", mounts=[host.mount("u", "/m")])
+    await stop_daemon(host.daemon)
     environment = {KIND: "CREATE", DIE_AT: "2"}
-    mortal = await host.daemons.start(
+    killed_daemon = await host.daemons.start(
         *host.flags, module="tests.faults.instrumented_daemon", environment=environment, after=host.daemon
     )
-    async with Caller(mortal.target) as caller:
+    async with Caller(killed_daemon.target) as caller:
         assert (await failure(caller.create("evil", mounts=[host.mount("u/sub", "/s")]))).reason == ""
-    assert await asyncio.to_thread(mortal.wait) == -9
-    assert "before HostPaths.bind" in mortal.log_text
+    assert await asyncio.to_thread(killed_daemon.wait) == -9
+    assert "before HostPaths.bind" in killed_daemon.log_text
     (host.allowed / "u/sub").rename(host.allowed / "u/moved")
     (host.allowed / "u/sub").symlink_to("/")
-    daemon = await host.daemons.start(*host.flags, after=mortal)
+    daemon = await host.daemons.start(*host.flags, after=killed_daemon)
     async with Caller(daemon.target) as caller:
         await caller.until_idle()
         assert (await failure(caller.get("evil"))).reason == "CONTAINER_NOT_FOUND"
         listed = await caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest())
-        (operation,) = [one for one in listed.operations if one.target.name == "evil"]
+        (operation,) = [operation for operation in listed.operations if operation.target.name == "evil"]
         assert "is a symbolic link" in operation.error.message
         await caller.delete_all()
 
 
-async def test_binds_are_made_where_the_engine_sees_them(host: Host, folders: Path) -> None:
-    """Also by a daemon in a mount namespace of its own, which systemd gives it."""
+async def test_bind_mounts_are_made_in_the_mount_namespace_of_the_engine(host: Host, folders: Path) -> None:
+    """The binder runs in another mount namespace, like a daemon under systemd."""
     script = (
         "import asyncio, sys; from pathlib import Path\n"
         "from gpudock_server.adapters.host_paths import HostPathBinder, MountNamespace\n"
@@ -289,30 +290,30 @@ async def test_binds_are_made_where_the_engine_sees_them(host: Host, folders: Pa
 
 
 @pytest.mark.usefixtures("tenant")
-async def test_what_was_removed_outside_gpudock_is_released(host: Host) -> None:
-    daemon = await host.daemons.start(*host.flags, "--reconcile-interval", "0.5", after=await stopped(host.daemon))
+async def test_bind_mounts_of_a_container_that_docker_removed_are_released(host: Host) -> None:
+    daemon = await host.daemons.start(*host.flags, "--reconcile-interval", "0.5", after=await stop_daemon(host.daemon))
     async with Caller(daemon.target) as caller:
         made = await caller.create("user", mounts=[host.mount("u", "/m")])
         path = f"/containers/{made.status.engine_id}?force=1"
         await asyncio.to_thread(host.rig.engine.call, "DELETE", path)
 
-        async def released() -> bool:
+        async def are_released() -> bool:
             return not host.binds()
 
-        await until(released)
-        # The attack, from the other side: what nobody deleted is still there.
+        await until(are_released)
+        # The release unmounts, and does not delete files of the host.
         assert (host.allowed / "u/sub/name").read_text() == "sub"
         await caller.delete("user")
 
 
 @pytest.mark.deep
 @pytest.mark.usefixtures("tenant")
-async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
-    """Before the engine starts its containers; what is not bound again has no source, so that it does not start."""
+async def test_attach_volumes_binds_allowed_host_paths_after_a_boot(host: Host) -> None:
+    """It runs before the engine starts its containers; a container whose host path is not bound does not start."""
     (host.allowed / "u/linked").mkdir()
     (host.allowed.parent / "srv2").mkdir()
     both = await host.daemons.start(
-        *host.flags, "--allowed-host-paths", str(host.allowed.parent / "srv2"), after=await stopped(host.daemon)
+        *host.flags, "--allowed-host-paths", str(host.allowed.parent / "srv2"), after=await stop_daemon(host.daemon)
     )
     async with Caller(both.target) as caller:
         await caller.create("fine", restart_policy=ALWAYS, mounts=[host.mount("u/sub", "/s"), host.mount("u", "/m")])
@@ -320,12 +321,12 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
         other = container_pb2.Mount(host_path=str(host.allowed.parent / "srv2"), target="/s")
         await caller.create("forbidden", restart_policy=ALWAYS, mounts=[other])
         await caller.shell("fine", "rmdir /m/linked && ln -s / /m/linked")
-    await stopped(both)
-    # These programs are awaited in this thread: nothing else of the test runs meanwhile.
+    await stop_daemon(both)
+    # This thread waits for the programs: the event loop has no other task.
     with host.rig.engine.down():
-        # Nothing of memory survives a boot, what others left there neither.
-        for place in bound_host_paths(host.rig):
-            host.rig.run("umount", place)
+        # A boot removes all bind mounts and files in memory, also those of other tests.
+        for target in bound_host_paths(host.rig):
+            host.rig.run("umount", target)
         host.rig.run("rm", "-r", "--one-file-system", "/run/gpudock-host-paths")
         state = ("--state-dir", str(host.daemon.state_dir))
         attach = host.rig.run(
@@ -346,18 +347,20 @@ async def test_a_boot_binds_again_what_is_still_allowed(host: Host) -> None:
 
 
 @pytest.mark.deep
-async def test_one_that_an_older_version_made_is_reported_and_replaced(host: Host, tenant: Caller) -> None:
-    """Its bind has the host path itself as the source."""
-    made = await tenant.create("old", mounts=[host.mount("u/sub", "/s")])
-    shown = docker_inspect(host.rig, made.status.engine_id)
-    await stopped(host.daemon)
+async def test_an_unbound_host_path_of_an_older_version_is_reported_and_replaced(
+    host: Host, path_caller: Caller
+) -> None:
+    """An older version gave the host path itself to the engine."""
+    made = await path_caller.create("old", mounts=[host.mount("u/sub", "/s")])
+    state = docker_inspect(host.rig, made.status.engine_id)
+    await stop_daemon(host.daemon)
     host.rig.engine.call("DELETE", f"/containers/{made.status.engine_id}?force=1")
-    older = {**shown["Config"], "HostConfig": shown["HostConfig"]}
+    older = {**state["Config"], "HostConfig": state["HostConfig"]}
     older["HostConfig"]["Mounts"][0]["Source"] = str(host.allowed / "u/sub")
-    name = shown["Name"].removeprefix("/")
+    name = state["Name"].removeprefix("/")
     engine_id = host.rig.engine.call("POST", f"/containers/create?name={name}", send=older)["Id"]
     host.rig.engine.call("POST", f"/containers/{engine_id}/start")
-    # As after the loss of the record: it is adopted.
+    # A daemon without the record, under another prefix in etcd, adopts the engine container.
     daemon = await host.daemons.start(
         *host.flags, "--reconcile-interval", "0.5", "--etcd-prefix", f"/x{host.daemons.prefix}", after=host.daemon
     )
@@ -367,16 +370,16 @@ async def test_one_that_an_older_version_made_is_reported_and_replaced(host: Hos
         )
         assert (await caller.get("old")).status.engine_id == engine_id
         await caller.restart("old")
-        now = await caller.get("old")
-        assert now.status.engine_id != engine_id
-        (mount,) = docker_inspect(host.rig, now.status.engine_id)["Mounts"]
+        restarted = await caller.get("old")
+        assert restarted.status.engine_id != engine_id
+        (mount,) = docker_inspect(host.rig, restarted.status.engine_id)["Mounts"]
         assert mount["Source"] in host.binds()
         assert await caller.shell("old", "cat /s/name") == "sub"
         assert (await caller.revisions("old"))[-1].cause == container_revision_pb2.REVISION_CAUSE_RESTARTED
         await caller.delete_all()
 
 
-async def stopped(daemon: Daemon) -> Daemon:
-    """A daemon that has ended."""
+async def stop_daemon(daemon: Daemon) -> Daemon:
+    """Stop a daemon; returns it."""
     assert await asyncio.to_thread(daemon.stop) == 0
     return daemon

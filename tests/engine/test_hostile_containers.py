@@ -1,4 +1,4 @@
-"""A hostile layer in a container that runs, against every call that moves its files: right, or refused in words."""
+"""A hostile layer in a running container: each call that transfers its files succeeds, or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["daemons"]
 
 pytestmark = pytest.mark.deep
 
-# The engine writes holes out as zeros, three terabytes of them, and leaves out what it cannot reach by path.
+# The engine writes holes as zeros, here 3 TiB, and leaves out files whose paths are too long.
 _REFUSED_COMMITS = {"sparse": "DISK_FULL", "deep": "LAYER_CARRY_FAILED", "long names": "LAYER_CARRY_FAILED"}
 
 
 def _inside(daemons: IsolatedDaemons, container: container_pb2.Container, path: str) -> Path:
-    """A path inside a running container, from outside."""
+    """The path on the host of a path inside a running container."""
     return Path("/proc", str(docker_inspect(daemons.rig, container.status.engine_id)["State"]["Pid"]), "root", path)
 
 
@@ -51,7 +51,7 @@ async def test_a_layer_with_any_content_moves_complete_or_is_refused(daemons: Is
 
         request = container_service_pb2.CommitContainerRequest(name="hostile", repository=f"zoo/{daemons.id}", tag="v1")
         if shape in _REFUSED_COMMITS:
-            # Onto another image the files go by commit too.
+            # An update to another image transfers the files by commit too.
             other: dict[str, Any] = {"image": CUDA_LIKE, "files": container_service_pb2.FILES_POLICY_CARRY_COMMIT}
             for validate_only in (True, False):
                 moved = await failure(caller.update("hostile", validate_only=validate_only, **other))
@@ -64,9 +64,9 @@ async def test_a_layer_with_any_content_moves_complete_or_is_refused(daemons: Is
             await commit
         assert (await caller.get("hostile")).status.state == container_pb2.CONTAINER_STATE_RUNNING
         assert fingerprint(str(_inside(daemons, await caller.get("hostile"), "zoo"))) == planted
-        left = [tag for image in daemons.rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
-        assert (f"zoo/{daemons.id}:v1" in left) == (shape not in _REFUSED_COMMITS)
-        assert not [tag for tag in left if tag.startswith(("gpudock/raw", "gpudock/commit"))]
+        tags = [tag for image in daemons.rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
+        assert (f"zoo/{daemons.id}:v1" in tags) == (shape not in _REFUSED_COMMITS)
+        assert not [tag for tag in tags if tag.startswith(("gpudock/raw", "gpudock/commit"))]
 
         assert await caller.shell("neighbour", "echo well") == "well\n"
         for name in ("hostile", "neighbour"):

@@ -1,4 +1,4 @@
-"""Every kind of hostile layer against all that is done with a layer: in bounded memory, in a process of its own."""
+"""Snapshots, restores, clones and copies of hostile layers, in a child process with bounded memory."""
 
 from __future__ import annotations
 
@@ -28,39 +28,41 @@ from tests.rig.patience import limit
 
 pytestmark = pytest.mark.deep
 
-# The address space of the child is limited in proportion; with the paths of all folders in memory, "deep" took 4 GB.
+# The address space of the child is limited in proportion; a child that kept all paths of "deep" used 4 GB.
 LIMITS = Limits(entries=2000, depth=1500, name_characters=300_000)
 
 
-class HostilePlace(SnapshotHost):
-    """Layers whose stores take little."""
+class HostileSnapshotHost(SnapshotHost):
+    """Layers whose stores have low limits."""
 
     def fresh_store(self) -> OverlaySnapshotStore:
-        """As a daemon has it that has just started."""
+        """The store of a daemon that has just started."""
         return OverlaySnapshotStore(str(self.snapshots), str(self.root), local=True, limits=LIMITS)
 
-    def hurrying_store(self, seconds: float) -> OverlaySnapshotStore:
-        """A store that ends what makes no progress for so long."""
+    def stall_detecting_store(self, seconds: float) -> OverlaySnapshotStore:
+        """A store that kills a child that makes no progress for `seconds`."""
         return OverlaySnapshotStore(str(self.snapshots), str(self.root), local=True, stall_seconds=seconds)
 
     def partials(self) -> list[Path]:
-        """What is there of snapshots."""
+        """The folders of snapshots, complete or not."""
         return list(self.snapshots.glob("*/*"))
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[HostilePlace]:
+def host(tmp_path: Path) -> Iterator[HostileSnapshotHost]:
     root = tmp_path / "engine"
-    yield HostilePlace(root)
+    yield HostileSnapshotHost(root)
     remove_tree(str(root))
 
 
 @pytest.mark.parametrize("shape", HOSTILE_SHAPES)
-async def test_a_hostile_volume_is_copied_while_it_changes_and_then_equal(place: HostilePlace, shape: str) -> None:
-    folders = FolderBackend(place.root)
+async def test_a_copy_of_a_hostile_volume_equals_it_after_the_changes_end(
+    host: HostileSnapshotHost, shape: str
+) -> None:
+    folders = FolderBackend(host.root)
     source, target = folders.create("source"), folders.create("target")
-    copier, root = MirrorVolumeCopier([folders]), place.root / "source"
-    with _opened(root) as opened:
+    copier, root = MirrorVolumeCopier([folders]), host.root / "source"
+    with _open_folder(root) as opened:
         HOSTILE_SHAPES[shape](opened)
     (root / "gone later").write_text("x")
     (root / "other content").write_text("before")
@@ -70,78 +72,80 @@ async def test_a_hostile_volume_is_copied_while_it_changes_and_then_equal(place:
     (root / "other content").write_text("behind")
     os.utime(root / "other content", ns=(times.st_atime_ns, times.st_mtime_ns))
     await copier.copy(source, target, ignore_progress, final=True)
-    assert fingerprint(str(place.root / "target")) == fingerprint(str(root))
+    assert fingerprint(str(host.root / "target")) == fingerprint(str(root))
     assert (await copier.verify(source, target)).entries > 0
-    (place.root / "target/other content").write_text("BEHIND")
-    os.utime(place.root / "target/other content", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (host.root / "target/other content").write_text("BEHIND")
+    os.utime(host.root / "target/other content", ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(VolumeFailed, match="differs from the source: the content of a file"):
         await copier.verify(source, target)
     await copier.copy(source, target, ignore_progress, final=True)
     await copier.verify(source, target)
 
 
-async def test_the_store_of_a_volume_with_deep_folders_is_deleted(place: HostilePlace) -> None:
-    folders, uid = FolderBackend(place.root), str(uuid.uuid4())
+async def test_the_store_of_a_volume_with_deep_folders_is_deleted(host: HostileSnapshotHost) -> None:
+    folders, uid = FolderBackend(host.root), str(uuid.uuid4())
     folders.create("source")
-    with _opened(place.root / "source") as root:
+    with _open_folder(host.root / "source") as root:
         make_nested_folders(root, 1200, "d")  # deeper than Python calls itself, as shutil.rmtree does for each folder
-    store = BackingFolder(place.root / "volumes", uid)
+    store = BackingFolder(host.root / "volumes", uid)
     store.root.mkdir()
-    (place.root / "source").rename(store.path)
+    (host.root / "source").rename(store.path)
     await store.remove()
     await store.remove()
     assert list(store.root.iterdir()) == []
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def _open_folder(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     yield descriptor
     os.close(descriptor)
 
 
 @pytest.mark.parametrize("shape", HOSTILE_SHAPES)
-async def test_a_hostile_layer_is_kept_restored_cloned_carried_and_removed(place: HostilePlace, shape: str) -> None:
-    source = place.layers[0]
-    with _opened(source) as root:
+async def test_a_hostile_layer_is_snapshotted_restored_cloned_copied_and_removed(
+    host: HostileSnapshotHost, shape: str
+) -> None:
+    source = host.layers[0]
+    with _open_folder(source) as root:
         HOSTILE_SHAPES[shape](root)
-    seen = fingerprint(str(source))
-    plan = await place.store.plan(place.running, None)
+    expected = fingerprint(str(source))
+    plan = await host.store.plan(host.running, None)
     assert plan.too_large == ""
 
-    # Snapshot, and a second one that shares with it.
-    await place.make_snapshot(1)
-    assert fingerprint(str(place.tree(1))) == seen
+    # A snapshot, and a second one that shares files with it.
+    await host.make_snapshot(1)
+    assert fingerprint(str(host.tree(1))) == expected
     (source / "later").write_text("later")
-    await place.make_snapshot(2, previous=1)
+    await host.make_snapshot(2, previous=1)
     (source / "later").unlink()
 
-    # Restore, which makes of the target what the snapshot is, whatever it was.
-    (place.layers[1] / "made-by-the-engine").mkdir()
-    await place.store.restore(snapshot_key(1), place.new, ignore_progress)
-    assert fingerprint(str(place.layers[1])) == seen
+    # A restore replaces everything in the target.
+    (host.layers[1] / "made-by-the-engine").mkdir()
+    await host.store.restore(snapshot_key(1), host.new, ignore_progress)
+    assert fingerprint(str(host.layers[1])) == expected
 
-    # Clone.
-    (clone, carried) = map(container_of, create_layer_folders(place.root, 3, 4))
+    # A clone.
+    (clone, copied) = map(container_of, create_layer_folders(host.root, 3, 4))
     operation_id = new_operation_id()
-    await place.store.mirror(place.running, clone, operation_id, still=False, progress=ignore_progress)
-    await place.store.mirror(place.old, clone, operation_id, still=True, progress=ignore_progress)
-    assert _but_the_roots_time(clone.upper_dir, source) == fingerprint(str(source))
+    await host.store.mirror(host.running, clone, operation_id, still=False, progress=ignore_progress)
+    await host.store.mirror(host.old, clone, operation_id, still=True, progress=ignore_progress)
+    assert _fingerprint_with_root_time(clone.upper_dir, source) == fingerprint(str(source))
 
-    # Carry by copy.
-    layers = OverlayLayerStore(LayerTransferMethod.COPY, str(place.root), local=True)
-    await layers.copy(await layers.locate(place.old, carried), ignore_progress)
-    assert fingerprint(carried.upper_dir) == fingerprint(str(source))
+    # A transfer by copy.
+    layers = OverlayLayerStore(LayerTransferMethod.COPY, str(host.root), local=True)
+    await layers.copy(await layers.locate(host.old, copied), ignore_progress)
+    assert fingerprint(copied.upper_dir) == fingerprint(str(source))
 
-    await place.store.remove(snapshot_key(1))
-    assert not place.tree(1).exists()
-    await place.store.remove_all(UID)
-    assert place.partials() == []
-    await place.store.close()
+    await host.store.remove(snapshot_key(1))
+    assert not host.tree(1).exists()
+    await host.store.remove_all(UID)
+    assert host.partials() == []
+    await host.store.close()
 
 
-def _but_the_roots_time(tree: str, like: Path) -> str:
-    """The fingerprint, with the root's time of `like`."""
+def _fingerprint_with_root_time(tree: str, like: Path) -> str:
+    """The fingerprint of a tree whose root must have the same time as `like`."""
     assert Path(tree).stat().st_mtime_ns == like.stat().st_mtime_ns
     return fingerprint(tree)
 
@@ -154,20 +158,20 @@ def _but_the_roots_time(tree: str, like: Path) -> str:
         (f"more than {LIMITS.name_characters} characters", lambda root: _many_files(root, 1900, "n" * 200)),
     ],
 )
-async def test_a_layer_beyond_the_limits_has_no_snapshot_and_leaves_nothing(
-    place: HostilePlace, what: str, grow: Callable[[int], None]
+async def test_a_layer_beyond_the_limits_has_no_snapshot_and_leaves_no_files(
+    host: HostileSnapshotHost, what: str, grow: Callable[[int], None]
 ) -> None:
-    with _opened(place.layers[0]) as root:
+    with _open_folder(host.layers[0]) as root:
         grow(root)
-    assert what in (await place.store.plan(place.running, None)).too_large
+    assert what in (await host.store.plan(host.running, None)).too_large
     operation_id = new_operation_id()
     with pytest.raises(LayerTooLarge, match=what):
-        await place.store.gather(place.running, snapshot_key(1), operation_id, None, ignore_progress)
+        await host.store.gather(host.running, snapshot_key(1), operation_id, None, ignore_progress)
     with pytest.raises(LayerTooLarge, match=what):
-        await place.store.complete(place.old, snapshot_key(1), operation_id, None, ignore_progress)
-    assert place.partials() == []
+        await host.store.complete(host.old, snapshot_key(1), operation_id, None, ignore_progress)
+    assert host.partials() == []
     with pytest.raises(SnapshotFailed, match=what):
-        await place.store.mirror(place.old, place.new, operation_id, still=True, progress=ignore_progress)
+        await host.store.mirror(host.old, host.new, operation_id, still=True, progress=ignore_progress)
 
 
 def _many_files(root: int, count: int, name: str = "") -> None:
@@ -175,8 +179,8 @@ def _many_files(root: int, count: int, name: str = "") -> None:
         os.close(os.open(f"{name}{number}", os.O_CREAT | os.O_WRONLY, dir_fd=root))
 
 
-async def test_folders_that_come_and_go_while_they_are_copied(place: HostilePlace) -> None:
-    layer = place.layers[0]
+async def test_folders_that_are_replaced_during_a_copy_are_complete_afterwards(host: HostileSnapshotHost) -> None:
+    layer = host.layers[0]
     for number in range(30):
         (layer / f"folder{number}/inner/deeper").mkdir(parents=True)
         for each in range(20):
@@ -201,24 +205,24 @@ async def test_folders_that_come_and_go_while_they_are_copied(place: HostilePlac
     operation_id = new_operation_id()
     try:
         for _ in range(3):
-            await place.store.gather(place.running, snapshot_key(1), operation_id, None, ignore_progress)
+            await host.store.gather(host.running, snapshot_key(1), operation_id, None, ignore_progress)
     finally:
         ending.set()
         thread.join()
     assert rounds > 0
-    await place.store.complete(place.old, snapshot_key(1), operation_id, None, ignore_progress)
-    await place.store.seal(snapshot_key(1), operation_id, IMAGE_ID)
-    assert fingerprint(str(place.tree(1))) == fingerprint(str(layer))
+    await host.store.complete(host.old, snapshot_key(1), operation_id, None, ignore_progress)
+    await host.store.seal(snapshot_key(1), operation_id, IMAGE_ID)
+    assert fingerprint(str(host.tree(1))) == fingerprint(str(layer))
 
 
 @pytest.mark.parametrize("damage", ["a file is gone", "a file is new", "a mode", "a mark is gone", "a mark is new"])
-async def test_a_snapshot_is_only_sealed_when_it_is_what_was_copied(place: HostilePlace, damage: str) -> None:
-    layer, operation_id = place.layers[0], new_operation_id()
+async def test_a_damaged_snapshot_is_not_sealed(host: HostileSnapshotHost, damage: str) -> None:
+    layer, operation_id = host.layers[0], new_operation_id()
     (layer / "folder/inner").mkdir(parents=True)
     (layer / "folder/file").write_text("content")
     os.setxattr(layer / "folder", "trusted.overlay.opaque", b"y")
-    await place.store.complete(place.old, snapshot_key(1), operation_id, None, ignore_progress)
-    (partial,) = place.partials()
+    await host.store.complete(host.old, snapshot_key(1), operation_id, None, ignore_progress)
+    (partial,) = host.partials()
     tree = partial / "tree"
     match damage:
         case "a file is gone":
@@ -232,31 +236,31 @@ async def test_a_snapshot_is_only_sealed_when_it_is_what_was_copied(place: Hosti
         case _:
             os.setxattr(tree / "folder/inner", "trusted.overlay.opaque", b"y")
     with pytest.raises(SnapshotFailed, match="/folder"):
-        await place.store.seal(snapshot_key(1), operation_id, IMAGE_ID)
-    assert await place.store.find() == ()
+        await host.store.seal(snapshot_key(1), operation_id, IMAGE_ID)
+    assert await host.store.find() == ()
 
 
-async def test_snapshots_with_an_index_of_the_first_format_can_be_restored_and_followed(place: HostilePlace) -> None:
-    layer = place.layers[0]
-    with _opened(layer) as root:
+async def test_a_snapshot_with_an_index_of_format_1_can_be_restored_and_followed(host: HostileSnapshotHost) -> None:
+    layer = host.layers[0]
+    with _open_folder(layer) as root:
         HOSTILE_SHAPES["odd files"](root)
         HOSTILE_SHAPES["devices"](root)
-    await place.make_snapshot(1)
-    (place.tree(1).parent / "index").write_bytes(
+    await host.make_snapshot(1)
+    (host.tree(1).parent / "index").write_bytes(
         b'{"format": 1, "device": 1, "complete": true, "cloned": false, "boot": "x", "folders": 0, "checksum": 0}\n'
     )
-    place.store = place.fresh_store()
-    await place.make_snapshot(2, previous=1)
+    host.store = host.fresh_store()
+    await host.make_snapshot(2, previous=1)
     for revision in (1, 2):
-        await place.store.restore(snapshot_key(revision), place.new, ignore_progress)
-        assert fingerprint(str(place.layers[1])) == fingerprint(str(layer))
+        await host.store.restore(snapshot_key(revision), host.new, ignore_progress)
+        assert fingerprint(str(host.layers[1])) == fingerprint(str(layer))
 
 
-# -- child processes that hang, or whose caller leaves -----------------------------------------------------------------
+# -- child processes that hang, or whose caller is cancelled -----------------------------------------------------------
 
 
 def _children() -> list[int]:
-    """The processes that work on trees and were started by this one."""
+    """The pids of the child processes of this process that work on trees."""
     pids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -268,8 +272,8 @@ def _children() -> list[int]:
     return pids
 
 
-async def _stopped(task: asyncio.Task[None]) -> int:
-    """Stop the child of a running job, so that it makes no progress."""
+async def _stop_child(task: asyncio.Task[None]) -> int:
+    """Stop the child of a task, so that it makes no progress; its pid."""
     async with asyncio.timeout(limit(60)):
         while not (children := _children()):
             assert not task.done()
@@ -278,35 +282,35 @@ async def _stopped(task: asyncio.Task[None]) -> int:
     return children[0]
 
 
-async def test_a_child_that_makes_no_progress_is_ended_and_the_snapshot_fails(place: HostilePlace) -> None:
-    store, operation_id = place.hurrying_store(1), new_operation_id()
-    gathering = asyncio.create_task(store.gather(place.running, snapshot_key(1), operation_id, None, ignore_progress))
-    await _stopped(gathering)
+async def test_a_child_without_progress_is_killed_and_the_snapshot_fails(host: HostileSnapshotHost) -> None:
+    store, operation_id = host.stall_detecting_store(1), new_operation_id()
+    gathering = asyncio.create_task(store.gather(host.running, snapshot_key(1), operation_id, None, ignore_progress))
+    await _stop_child(gathering)
     with pytest.raises(SnapshotFailed, match="made no progress for 1 s"):
         await gathering
     assert _children() == []
     await store.discard(snapshot_key(1), operation_id)
-    assert place.partials() == []
-    await place.make_snapshot(1)
+    assert host.partials() == []
+    await host.make_snapshot(1)
 
 
-async def test_a_cancelled_snapshot_leaves_no_child(place: HostilePlace) -> None:
+async def test_a_cancelled_snapshot_leaves_no_child(host: HostileSnapshotHost) -> None:
     operation_id = new_operation_id()
     gathering = asyncio.create_task(
-        place.store.gather(place.running, snapshot_key(1), operation_id, None, ignore_progress)
+        host.store.gather(host.running, snapshot_key(1), operation_id, None, ignore_progress)
     )
-    await _stopped(gathering)
+    await _stop_child(gathering)
     gathering.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gathering
     assert _children() == []
-    await place.make_snapshot(1)
+    await host.make_snapshot(1)
 
 
-async def test_a_child_that_dies_is_a_failure_that_says_so(place: HostilePlace) -> None:
+async def test_the_error_of_a_killed_child_has_its_signal(host: HostileSnapshotHost) -> None:
     gathering = asyncio.create_task(
-        place.store.gather(place.running, snapshot_key(1), new_operation_id(), None, ignore_progress)
+        host.store.gather(host.running, snapshot_key(1), new_operation_id(), None, ignore_progress)
     )
-    os.kill(await _stopped(gathering), signal.SIGKILL)
+    os.kill(await _stop_child(gathering), signal.SIGKILL)
     with pytest.raises(SnapshotFailed, match="killed by signal 9"):
         await gathering
