@@ -56,14 +56,14 @@ _POLL_SECONDS = 0.05
 
 def _processes_with(mark: str) -> list[int]:
     """The ids of the processes that have `mark` among their arguments."""
-    found = []
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
+                pids.append(int(process.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 @pytest.mark.parametrize("delayed", [False, True], ids=["immediately", "delayed"])

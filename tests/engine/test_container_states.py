@@ -126,7 +126,7 @@ async def outcome_of(call: Awaitable[Any]) -> str:
 async def current_state(caller: Caller) -> str:
     """The state of the container; ABSENT if it does not exist."""
     listed = await caller.containers.ListContainers(container_service_pb2.ListContainersRequest())
-    state = next((one.status.state for one in listed.containers if one.name == NAME), None)
+    state = next((container.status.state for container in listed.containers if container.name == NAME), None)
     if state is None:
         return ABSENT
     return container_pb2.ContainerState.Name(state).removeprefix("CONTAINER_STATE_")
@@ -207,7 +207,7 @@ async def test_mutations_in_each_state(daemons: IsolatedDaemons, rig: Rig, state
             if (state, mutation) == ("RESTARTING", "exec"):
                 await subject.wait_for_restart_delay()
             reason = await outcome_of(MUTATIONS[mutation](caller))
-            allowed = expected == ABSENT or expected in {one.value for one in RecordedState}
+            allowed = expected == ABSENT or expected in {state.value for state in RecordedState}
             if reason != ("" if allowed else expected):
                 violations.append(f"{mutation}: {reason or await current_state(caller)} instead of {expected}")
                 continue

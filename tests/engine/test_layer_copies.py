@@ -134,7 +134,7 @@ async def test_every_difference_of_a_copy_is_found(tmp_path: Path, pair: LayerPa
 
 async def test_folders_other_than_the_recorded_ones_are_not_touched(tmp_path: Path, pair: LayerPair) -> None:
     store = _copying_store(tmp_path)
-    for wrong in (
+    for change in (
         {"old_inode": 1},
         {"new_inode": 1},
         {"old_inode": pair.new_inode},
@@ -144,7 +144,7 @@ async def test_folders_other_than_the_recorded_ones_are_not_touched(tmp_path: Pa
         {"new_path": "/"},
         {"new_path": f"{pair.new_path}/.."},
     ):
-        wrong_pair = pair.model_copy(update=wrong)
+        wrong_pair = pair.model_copy(update=change)
         for call in (store.exchange(wrong_pair), store.copy(wrong_pair, ignore_progress)):
             with pytest.raises(LayerCarryFailed):
                 await call
@@ -175,15 +175,15 @@ async def test_exchange_back_does_nothing_without_an_exchange(tmp_path: Path, pa
 
 def _copying_processes(pair: LayerPair) -> list[int]:
     """Ids of the child processes that have the folder of the new layer open."""
-    found = []
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if b"trees.child" not in (process / "cmdline").read_bytes():
                 continue
             opened = [link.readlink() for link in (process / "fd").iterdir()]
             if Path(pair.new_path) in opened:
-                found.append(int(process.name))
-    return found
+                pids.append(int(process.name))
+    return pids
 
 
 def _add_large_files(pair: LayerPair) -> None:

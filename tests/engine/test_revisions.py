@@ -47,12 +47,12 @@ async def test_a_rollback_restores_the_spec_and_the_files_of_every_revision(call
     assert await _files(caller, "past") == first, "the files as they were when revision 2 replaced revision 1"
     await require_consistent(caller, rig, "past", first)
 
-    again = await caller.rollback("past", 2)
-    assert (again.revision, again.spec.gpus.count) == (5, 2)
+    second_rollback = await caller.rollback("past", 2)
+    assert (second_rollback.revision, second_rollback.spec.gpus.count) == (5, 2)
     assert await _files(caller, "past") == second
     # Revision 3, which the first rollback replaced, had no /work any more.
-    gone = await caller.rollback("past", 3)
-    assert gone.spec.gpus.count == 3
+    third_rollback = await caller.rollback("past", 3)
+    assert third_rollback.spec.gpus.count == 3
     assert await caller.shell("past", "ls -d /work 2>/dev/null || echo gone") == "gone\n"
 
     causes = [revision.cause for revision in await caller.revisions("past")]
@@ -252,8 +252,8 @@ async def test_a_container_with_an_empty_layer_is_updated_to_another_image(calle
 
 def _engine_containers(rig: Rig, name: str) -> list[dict[str, Any]]:
     listed = rig.engine.call("GET", "/containers/json?all=1")
-    found = [rig.engine.call("GET", f"/containers/{container['Id']}/json") for container in listed]
-    return [container for container in found if container["Config"]["Labels"].get("gpudock.name") == name]
+    inspected = [rig.engine.call("GET", f"/containers/{container['Id']}/json") for container in listed]
+    return [container for container in inspected if container["Config"]["Labels"].get("gpudock.name") == name]
 
 
 @pytest.mark.deep

@@ -116,7 +116,7 @@ async def test_snapshot_max_entries_lets_a_change_of_a_larger_layer_go_on_withou
 
 
 @pytest.mark.deep
-async def test_keep_revisions_for_prunes_what_was_replaced_long_enough_ago(daemons: IsolatedDaemons) -> None:
+async def test_keep_revisions_for_prunes_revisions_that_were_replaced_long_ago(daemons: IsolatedDaemons) -> None:
     daemon = await daemons.start("--keep-revisions-for", "1", "--reconcile-interval", "0.5")
     async with Caller(daemon.target) as caller:
         await caller.create("past")

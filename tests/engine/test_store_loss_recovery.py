@@ -138,7 +138,7 @@ async def test_a_restore_that_is_killed_after_each_record_is_completed(
         for name in ("one", "gone"):
             await caller.create(name, 1, mounts=[container_pb2.Mount(volume="data", target="/v")])
             await caller.scale(name, cpus=0.5)
-        rig.engine.call("DELETE", f"/containers/{(await caller.get('gone')).status.engine_id}?force=1")
+        rig.engine.call("DELETE", f"/containers/{(await caller.get('removed')).status.engine_id}?force=1")
         await until_state(caller, "gone", FAILED)
         before = [restorable_container(await caller.get(name)) for name in ("one", "gone")]
         revisions = [await caller.revisions(name) for name in ("one", "gone")]
@@ -179,13 +179,14 @@ async def test_a_snapshot_without_a_record_of_its_revision_is_reported_and_kept(
         for name in ("one", "gone"):
             await caller.create(name, 1)
             await caller.update(name, "env", env={"A": "b"})
-        one, gone = await caller.get("one"), await caller.get("gone")
+        kept, removed = await caller.get("one"), await caller.get("gone")
     root = rig.engine.call("GET", "/info")["DockerRootDir"]
     folders = {
-        container.uid: Path(root, "gpudock", "snapshots", store_daemon.node, container.uid) for container in (one, gone)
+        container.uid: Path(root, "gpudock", "snapshots", store_daemon.node, container.uid)
+        for container in (kept, removed)
     }
     await store_daemon.kill()
-    rig.engine.call("DELETE", f"/containers/{gone.status.engine_id}?force=1")
+    rig.engine.call("DELETE", f"/containers/{removed.status.engine_id}?force=1")
     for folder in folders.values():
         for entry in folder.glob("*.json"):
             entry.unlink()
@@ -197,8 +198,8 @@ async def test_a_snapshot_without_a_record_of_its_revision_is_reported_and_kept(
             finding.container_uid: finding
             for finding in await list_drift(caller, kinds=[drift_pb2.DRIFT_KIND_SNAPSHOT_UNKNOWN])
         }
-        assert set(findings) == {one.uid, gone.uid}
-        assert (findings[one.uid].container, findings[one.uid].actual) == ("one", "revision 1")
+        assert set(findings) == {kept.uid, removed.uid}
+        assert (findings[kept.uid].container, findings[kept.uid].actual) == ("one", "revision 1")
         assert all((folder / "1" / "tree").is_dir() for folder in folders.values())
         assert (await failure(caller.rollback("one", 1))).reason == "REVISION_NOT_FOUND"
         adopted, *more = await caller.revisions("one")
@@ -207,4 +208,4 @@ async def test_a_snapshot_without_a_record_of_its_revision_is_reported_and_kept(
         # The next revision gets the next number, and deleting the container deletes its snapshots.
         assert (await caller.update("one", "env", env={"A": "c"})).revision == 3
         await caller.delete("one")
-        assert not folders[one.uid].exists()
+        assert not folders[kept.uid].exists()

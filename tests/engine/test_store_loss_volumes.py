@@ -91,7 +91,7 @@ async def test_a_volume_that_cannot_be_restored_is_reported_and_keeps_its_name(
     store_daemon: EmbeddedStoreDaemon, rig: Rig
 ) -> None:
     async with Caller(store_daemon.daemon.target) as caller:
-        made = await caller.create_volume("data")
+        created = await caller.create_volume("data")
         damaged = await caller.create_volume("damaged", VOLUME_SIZE, backend=LOOP)
     other = "6fa459ea-ee8a-4ca4-894e-db77e160355e"
     labels = {"gpudock.uid": other, "gpudock.name": "data", "gpudock.node": store_daemon.node}
@@ -103,7 +103,7 @@ async def test_a_volume_that_cannot_be_restored_is_reported_and_keeps_its_name(
     async with Caller(store_daemon.daemon.target) as caller:
         findings = await list_drift(caller, kinds=[KIND("DRIFT_KIND_VOLUME_UNKNOWN")])
         assert {(finding.volume, finding.container_uid, finding.remedy) for finding in findings} == {
-            ("data", made.uid, REPORTED),
+            ("data", created.uid, REPORTED),
             ("data", other, REPORTED),
             ("damaged", damaged.uid, REPORTED),
         }
@@ -116,36 +116,41 @@ async def test_a_volume_that_cannot_be_restored_is_reported_and_keeps_its_name(
         record.write_text(whole)
         await wait_for_drift(caller, "VOLUME_RECORD_LOST", REPAIRED)
         await wait_for_passes(caller)
-        assert (await caller.volume("data")).uid == made.uid
+        assert (await caller.volume("data")).uid == created.uid
         assert (await caller.volume("damaged")).uid == damaged.uid
         await caller.delete_volume("data")
         await caller.delete_volume("damaged")
 
 
 def _backing_folder(rig: Rig, uid: str) -> Path:
-    shown = rig.engine.call("GET", f"/volumes/gpudock-{uid}")
+    engine_volume_state = rig.engine.call("GET", f"/volumes/gpudock-{uid}")
     # The path is valid in the engine's mount namespace.
-    return Path(f"/proc/{rig.namespaces.pid}/root", shown["Options"]["device"].lstrip("/")).parent
+    return Path(f"/proc/{rig.namespaces.pid}/root", engine_volume_state["Options"]["device"].lstrip("/")).parent
 
 
 @pytest.mark.deep
 async def test_a_volume_of_an_older_version_is_restored(store_daemon: EmbeddedStoreDaemon, rig: Rig) -> None:
     async with Caller(store_daemon.daemon.target) as caller:
-        made = await caller.create_volume("old", VOLUME_SIZE, backend=LOOP)
-    record = _backing_folder(rig, made.uid) / "volume.json"
+        created = await caller.create_volume("old", VOLUME_SIZE, backend=LOOP)
+    record = _backing_folder(rig, created.uid) / "volume.json"
     kept = json.loads(record.read_text())
     del kept["volume"]
     record.write_text(json.dumps(kept))
-    engine_volume = f"gpudock-{made.uid}"
-    shown = rig.engine.call("GET", f"/volumes/{engine_volume}")
+    engine_volume = f"gpudock-{created.uid}"
+    engine_volume_state = rig.engine.call("GET", f"/volumes/{engine_volume}")
     remove_engine_volume(rig, engine_volume)
-    labels = {key: value for key, value in shown["Labels"].items() if key != "gpudock.volume"}
-    again = {"Name": engine_volume, "Labels": labels, "DriverOpts": shown["Options"]}
-    rig.engine.call("POST", "/volumes/create", send=again)
+    labels = {key: value for key, value in engine_volume_state["Labels"].items() if key != "gpudock.volume"}
+    recreated = {"Name": engine_volume, "Labels": labels, "DriverOpts": engine_volume_state["Options"]}
+    rig.engine.call("POST", "/volumes/create", send=recreated)
     await store_daemon.lose_store()
     async with Caller(store_daemon.daemon.target) as caller:
-        back = await caller.volume("old")
-        assert (back.uid, back.size_bytes, back.backend, back.owner) == (made.uid, VOLUME_SIZE, LOOP, "")
+        restored = await caller.volume("old")
+        assert (restored.uid, restored.size_bytes, restored.backend, restored.owner) == (
+            created.uid,
+            VOLUME_SIZE,
+            LOOP,
+            "",
+        )
         await caller.delete_volume("old")
 
 
@@ -193,8 +198,8 @@ async def test_no_change_mounts_other_files_than_a_container_has(daemons: Isolat
         view, other = await state.store.volume("data"), await state.store.volume("empty")
         assert view is not None
         assert other is not None
-        wrong = view.volume.changed(backing=other.volume.backing)
-        await state.put(state.keys.volume("data"), encode(wrong))
+        changed_volume = view.volume.changed(backing=other.volume.backing)
+        await state.put(state.keys.volume("data"), encode(changed_volume))
         refused = await failure(caller.update("one", "env", env={"A": "b"}))
         assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "VOLUME_DIFFERS"), refused
         assert refused.metadata["engine_volume"] == _engine_volume(view.volume.backing)

@@ -40,11 +40,11 @@ class EditedTree:
             EDITS[kind % len(EDITS)](self, first, second)
 
     def _all_paths(self) -> list[bytes]:
-        found = [self._root]
-        for folder in found:
+        paths = [self._root]
+        for folder in paths:
             if os.path.isdir(folder) and not os.path.islink(folder):
-                found += [folder + b"/" + name for name in sorted(os.listdir(folder))]
-        return found
+                paths += [folder + b"/" + name for name in sorted(os.listdir(folder))]
+        return paths
 
     def _folder(self, number: int) -> bytes:
         folders = [path for path in self._all_paths() if stat.S_ISDIR(os.lstat(path).st_mode)]

@@ -57,8 +57,8 @@ class WatchCall(Generic[T]):
 
     async def changes(self, count: int) -> list[tuple[str, str]]:
         """The next changes: their kind, and `NAME.REVISION` of the record."""
-        found = [await self.change() for _ in range(count)]
-        return [(kind, f"{item.name}.{item.revision}") for kind, item in found]
+        changes = [await self.change() for _ in range(count)]
+        return [(kind, f"{item.name}.{item.revision}") for kind, item in changes]
 
     async def failure(self) -> Failure:
         """Read events until the call fails; returns its error."""
@@ -88,8 +88,8 @@ class VolumeWatch(WatchCall[volume_pb2.Volume]):
 
     async def mount_changes(self, count: int) -> list[str]:
         """The next changes: kind, `NAME.REVISION`, and the containers that mount the volume, in one string."""
-        found = [await self.change() for _ in range(count)]
-        return [" ".join((kind, f"{item.name}.{item.revision}", *item.attached_containers)) for kind, item in found]
+        changes = [await self.change() for _ in range(count)]
+        return [" ".join((kind, f"{item.name}.{item.revision}", *item.attached_containers)) for kind, item in changes]
 
 
 class StoreWriter:
