@@ -25,7 +25,7 @@ mount -t tmpfs -o mode=755 host "$space/root/run"
 cd "$space/root"
 rm -rf opt/gpudock etc/gpudock etc/systemd/system/gpudock* var/lib/gpudock usr/local/bin/gpudock* \
     usr/local/lib/systemd/system/gpudock*
-# The engine where Docker has it; and signs that systemd runs, which notes what it is told.
+# The engine where Docker has it; and signs that systemd runs, which records the commands that it gets.
 ln -s "$engine" run/docker.sock
 mkdir -p run/systemd/system
 for program in systemctl apt; do
@@ -39,7 +39,7 @@ exec chroot . sleep infinity
 
 
 class Host:
-    """Runs scripts on it. Whatever they leave running is ended with the rig at the latest."""
+    """Runs scripts on it. Processes that they leave behind are ended with the rig at the latest."""
 
     def __init__(self, rig: Rig, folder: Path, environment: Mapping[str, str]) -> None:
         """Sets it up in `folder`, which is empty; `environment` is the whole one of its scripts."""

@@ -83,7 +83,7 @@ def test_the_commands_of_the_readme(host: Host, rig: Rig) -> None:
 
 
 def _calls(host: Host) -> list[str]:
-    """What apt and systemctl were told since the last time."""
+    """The commands that apt and systemctl got since the previous call."""
     path = host.path("/run/calls")
     calls = path.read_text().splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
