@@ -75,6 +75,17 @@ async def registry(rig: Rig, folder: Path, *, locked: bool = False, stalls: bool
         await server.wait()
 
 
+@asynccontextmanager
+async def registry_image(rig: Rig, folder: Path, *, locked: bool = False, stalls: bool = False) -> AsyncIterator[str]:
+    """Run a registry as `registry` does; yields the name of its image `whole`, which is removed from the engine."""
+    async with registry(rig, folder, locked=locked, stalls=stalls) as host:
+        image = f"{host}/whole:latest"
+        yield image
+        rig.engine.remove_all()
+        if image in {tag for stored in rig.engine.call("GET", "/images/json") for tag in stored["RepoTags"] or ()}:
+            rig.engine.call("DELETE", f"/images/{image}")
+
+
 def release(folder: Path) -> None:
     """Let a stalled registry send the rest of the layer."""
     (folder / "files.released").touch()

@@ -12,7 +12,7 @@ import pytest_asyncio
 from gpudock.v1 import container_pb2, container_service_pb2, registry_auth_pb2
 
 from tests.calls import IMAGE, Caller, failure, result_of
-from tests.engine.docker_registry import SECRET, USER, registry
+from tests.engine.docker_registry import SECRET, USER, registry_image
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.rig import Rig
 
@@ -27,12 +27,8 @@ BAD = registry_auth_pb2.RegistryAuth(username=USER, password="wrong")  # noqa: S
 @pytest_asyncio.fixture
 async def private_image(rig: Rig, tmp_path: Path) -> AsyncIterator[str]:
     """The name of an image in a registry that demands credentials."""
-    async with registry(rig, tmp_path, locked=True) as host:
-        image = f"{host}/whole:latest"
+    async with registry_image(rig, tmp_path, locked=True) as image:
         yield image
-        rig.engine.remove_all()
-        if image in {tag for stored in rig.engine.call("GET", "/images/json") for tag in stored["RepoTags"] or ()}:
-            rig.engine.call("DELETE", f"/images/{image}")
 
 
 async def create_stopped(caller: Caller, owner: str, image: str, **fields: Any) -> container_pb2.Container:

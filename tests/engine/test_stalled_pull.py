@@ -15,7 +15,7 @@ from gpudock.v1 import container_pb2, container_service_pb2, node_service_pb2, o
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.calls import Caller, failure, progress_of
-from tests.engine.docker_registry import registry, release
+from tests.engine.docker_registry import registry_image, release
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, read_to_end, until
 from tests.engine.operation_calls import cancel_operation, get_operation
 from tests.rig import Rig
@@ -31,12 +31,8 @@ ANSWERED_WITHIN = 10
 @pytest_asyncio.fixture
 async def stalled_image(rig: Rig, tmp_path: Path) -> AsyncIterator[str]:
     """The name of an image whose registry stops sending in the middle of its layer."""
-    async with registry(rig, tmp_path, stalls=True) as host:
-        image = f"{host}/whole:latest"
+    async with registry_image(rig, tmp_path, stalls=True) as image:
         yield image
-        rig.engine.remove_all()
-        if image in {tag for stored in rig.engine.call("GET", "/images/json") for tag in stored["RepoTags"] or ()}:
-            rig.engine.call("DELETE", f"/images/{image}")
 
 
 def create_request(caller: Caller, image: str, **fields: Any) -> container_service_pb2.CreateContainerRequest:

@@ -124,7 +124,7 @@ class StoreWriter:
         """Compact etcd at its current revision."""
         revision = (await self.connection.txn(success=[messages.get(b"nothing")])).revision
         request = rpc.CompactionRequest(revision=revision, physical=True)
-        await self.connection._client.kvstub.Compact(request, timeout=5)
+        await self.connection._client.kvstub.Compact(request, timeout=limit(5))
 
 
 @asynccontextmanager
