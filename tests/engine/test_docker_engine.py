@@ -210,7 +210,7 @@ async def test_many_starts_at_once(engine: DockerEngine) -> None:
 
 
 async def test_four_starts_run_at_once_and_others_wait(engine_proxy: EngineProxy) -> None:
-    async with connect_engine(engine_proxy.url, timeout=20) as engine:
+    async with connect_engine(engine_proxy.url, timeout=limit(20)) as engine:
         boxes = [await engine.create(await engine_spec(engine, f"box{number}")) for number in range(6)]
         engine_proxy.faults.hang("POST", ".*/start", times=None)
         starting = [asyncio.create_task(engine.start(box)) for box in boxes]
@@ -231,7 +231,7 @@ async def test_four_starts_run_at_once_and_others_wait(engine_proxy: EngineProxy
 async def test_a_cancelled_create_waits_so_that_its_container_is_found(
     direct_engine: DockerEngine, engine_proxy: EngineProxy, kind: str
 ) -> None:
-    async with connect_engine(engine_proxy.url, timeout=20) as engine:
+    async with connect_engine(engine_proxy.url, timeout=limit(20)) as engine:
         spec = await engine_spec(direct_engine)
         if kind == "shadow":
             of, name = await direct_engine.create(spec), f"{spec.name}-shadow"
@@ -292,7 +292,7 @@ async def test_a_pause_that_the_runtime_refuses_is_retried(
 ) -> None:
     message = "Cannot pause container: OCI runtime pause failed: unable to freeze: unknown"
     box = await start_container(direct_engine)
-    async with connect_engine(engine_proxy.url, timeout=20) as engine:
+    async with connect_engine(engine_proxy.url, timeout=limit(20)) as engine:
         engine_proxy.faults.fail("POST", ".*/pause", message=message, times=times)
         if times is None:
             with pytest.raises(EngineRejected, match="unable to freeze"):
@@ -328,7 +328,7 @@ async def test_concurrent_removals_of_one_container_all_succeed(engine: DockerEn
 async def test_remove_waits_for_a_removal_that_is_in_progress(
     direct_engine: DockerEngine, engine_proxy: EngineProxy, rig: Rig
 ) -> None:
-    async with connect_engine(engine_proxy.url, timeout=3) as engine:
+    async with connect_engine(engine_proxy.url, timeout=limit(3)) as engine:
         box = await start_container(direct_engine)
         already = "removal of container box is already in progress"
         engine_proxy.faults.fail("DELETE", "/containers/.*", status=409, message=already)

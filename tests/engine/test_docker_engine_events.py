@@ -82,7 +82,7 @@ async def test_a_stream_of_events_resumes_at_a_time(engine: DockerEngine) -> Non
 
 
 async def test_the_stream_of_events_fails_when_the_engine_disconnects(engine_proxy: EngineProxy) -> None:
-    async with connect_engine(engine_proxy.url, timeout=5) as engine:
+    async with connect_engine(engine_proxy.url, timeout=limit(5)) as engine:
         listening = asyncio.create_task(next_event(engine.events(0)))
 
         def statuses() -> list[int | None]:

@@ -135,7 +135,7 @@ async def test_the_newest_common_api_version_is_used(
         with pytest.raises(EngineRejected, match="update the older one"):
             await DockerEngine.connect(url, timeout=2)
     else:
-        engine = await DockerEngine.connect(url, timeout=2)
+        engine = await DockerEngine.connect(url, timeout=limit(2))
         assert (await engine.info()).api_version == agreed
         assert targets[-1] == f"/v{agreed}/info"
         await engine.close()

@@ -124,7 +124,7 @@ async def test_a_transaction_on_a_broken_connection_is_applied_once(
 @pytest.mark.deep
 async def test_calls_of_a_frozen_etcd_wait_until_the_deadline_of_the_store(own_etcd: EmbeddedEtcd) -> None:
     async with open_connection(own_etcd.address.endpoints[0], timeout=0.5) as connection:
-        store = EtcdStore(connection, deadline=timedelta(seconds=4))
+        store = EtcdStore(connection, deadline=timedelta(seconds=limit(4)))
         await store.open()
         first = await store.apply([PutOperation(operation("op1"), expect=0)])
         freeze(own_etcd.pid)
@@ -149,7 +149,7 @@ async def test_calls_of_a_frozen_etcd_wait_until_the_deadline_of_the_store(own_e
             impatient_store.claims("h1"),
             impatient_store.ping(),
         ):
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(limit(10)):
                 with pytest.raises(StoreUnavailable):
                     await call
         cancelled = asyncio.create_task(store.apply([Lock(ResourceKind.CONTAINER, "web", "op")]))
