@@ -356,8 +356,8 @@ async def test_the_name_of_a_base_image_cannot_be_taken_over(caller: Caller, rig
 async def test_a_name_is_replaced_for_the_same_owner_alone(caller: Caller, rig: Rig) -> None:
     await create_for_owner(caller, "box", "alice")
     first = await caller.commit("box", REPOSITORY, tag=TAG)
-    await create_for_owner(caller, "theirs", "mallory")
-    refused = await failure(progress_of(caller.containers.CommitContainer(request(name="theirs"))))
+    await create_for_owner(caller, "other", "mallory")
+    refused = await failure(progress_of(caller.containers.CommitContainer(request(name="other"))))
     assert refused.reason == "IMAGE_EXISTS"
     assert "it was not committed for owner 'mallory' under this name" in refused.message
     assert "alice" not in refused.message + str(refused.metadata)

@@ -63,15 +63,15 @@ async def test_commit_keeps_files_and_config(engine: DockerEngine, rig: Rig) -> 
     assert shown["Cmd"] == list(IDLE)
     assert shown["WorkingDir"] == "/tmp"
 
-    again = dataclasses.replace(await engine_spec(engine, "again", **options), image_id=image_id)
-    await engine.start(await engine.create(again))
+    second = dataclasses.replace(await engine_spec(engine, "second", **options), image_id=image_id)
+    await engine.start(await engine.create(second))
     assert (
-        await run_shell(rig, "again", "cat /kept; ls /etc/group 2>&1 | wc -l; cat /etc/group 2>/dev/null")
+        await run_shell(rig, "second", "cat /kept; ls /etc/group 2>&1 | wc -l; cat /etc/group 2>/dev/null")
         == "kept\n1\n"
     )
     await engine.remove_image("gpudock/layer:op1")
     assert await engine.image(image_id) is not None, "the image of a container was removed"
-    await engine.remove("again")
+    await engine.remove("second")
     await engine.remove_image("gpudock/layer:op1")
     await engine.remove_image(image_id)
     await engine.remove_image("../containers")

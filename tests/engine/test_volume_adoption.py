@@ -91,16 +91,16 @@ async def test_a_volume_that_the_operator_does_not_allow_seems_not_to_exist(adop
     for name in ("team-a", "exact"):
         create_engine_volume(rig, name, {})
         assert (await adopting_caller.adopt_volume(name)).name == name
-    absent = await failure(adopting_caller.adopt_volume("mine", "absent"))
+    absent = await failure(adopting_caller.adopt_volume("new", "absent"))
     assert (absent.code, absent.reason) == (grpc.StatusCode.NOT_FOUND, "VOLUME_NOT_FOUND")
     for name, labels in (("pgdata", {}), ("exactly", {}), ("another", {"gpudock.adopt": "false"})):
         create_engine_volume(rig, name, labels)
-        refused = await failure(adopting_caller.adopt_volume("mine", name))
+        refused = await failure(adopting_caller.adopt_volume("new", name))
         assert refused.message == absent.message.replace("absent", name)
         assert refused.metadata == {"volume": name}
         # The error for a mount does not show that the volume exists either.
         unknown = await failure(
-            adopting_caller.create("mine", mounts=[container_pb2.Mount(volume=name, target="/data")])
+            adopting_caller.create("new", mounts=[container_pb2.Mount(volume=name, target="/data")])
         )
         assert "AdoptVolume" not in unknown.message
 
@@ -113,23 +113,23 @@ async def test_a_volume_in_use_by_another_container_is_refused(
         with foreign_container(rig, "pgdata", runs=runs) as name:
             # A copy of its files is refused too, even if the container does not run.
             for size in (0, 320 << 20):
-                refused = await failure(adopting_caller.adopt_volume("mine", "pgdata", size))
+                refused = await failure(adopting_caller.adopt_volume("new", "pgdata", size))
                 assert (refused.reason, refused.metadata["holders"]) == ("VOLUME_IN_USE", name)
                 assert refused.metadata["engine_volume"] == "pgdata"
                 assert "engine volume 'pgdata' is in use" in refused.message
     # Labels of gpudock on a container of another installation, or of an image that was committed without gpudock.
     labels = {"gpudock.uid": str(uuid.uuid4()), "gpudock.name": "other", "gpudock.operation": str(uuid.uuid4())}
     with foreign_container(rig, "pgdata", labels):
-        assert (await failure(adopting_caller.adopt_volume("mine", "pgdata"))).reason == "VOLUME_IN_USE"
+        assert (await failure(adopting_caller.adopt_volume("new", "pgdata"))).reason == "VOLUME_IN_USE"
     # A volume that another installation created has its labels; a volume that it adopted is in use.
-    foreign_labels = {"gpudock.uid": str(uuid.uuid4()), "gpudock.name": "theirs", "gpudock.node": "other"}
-    create_engine_volume(rig, "theirs", {**CONSENT, **foreign_labels})
-    assert (await failure(adopting_caller.adopt_volume("mine", "theirs"))).reason == "VOLUME_EXISTS"
+    foreign_labels = {"gpudock.uid": str(uuid.uuid4()), "gpudock.name": "foreign", "gpudock.node": "other"}
+    create_engine_volume(rig, "foreign", {**CONSENT, **foreign_labels})
+    assert (await failure(adopting_caller.adopt_volume("new", "foreign"))).reason == "VOLUME_EXISTS"
     other = await daemons.start("--etcd-prefix", f"/other{daemons.prefix}", node=f"{daemons.node}-other")
     async with Caller(other.target) as caller:
-        await caller.adopt_volume("theirs", "pgdata")
-        await caller.create("user", mounts=[container_pb2.Mount(volume="theirs", target="/data")])
-        assert (await failure(adopting_caller.adopt_volume("mine", "pgdata"))).reason == "VOLUME_IN_USE"
+        await caller.adopt_volume("foreign", "pgdata")
+        await caller.create("user", mounts=[container_pb2.Mount(volume="foreign", target="/data")])
+        assert (await failure(adopting_caller.adopt_volume("new", "pgdata"))).reason == "VOLUME_IN_USE"
         await caller.delete_all()
 
 
@@ -137,10 +137,10 @@ async def test_anonymous_volumes_are_refused(adopting_caller: Caller, rig: Rig) 
     create_engine_volume(rig, "0123456789abcdef" * 4)
     create_engine_volume(rig, "named", {**CONSENT, "com.docker.volume.anonymous": ""})
     for name in ("0123456789abcdef" * 4, "named"):
-        refused = await failure(adopting_caller.adopt_volume("mine", name))
+        refused = await failure(adopting_caller.adopt_volume("new", name))
         assert (refused.reason, "anonymous" in refused.metadata["detail"]) == ("ADOPTION_FORBIDDEN", True)
         mounts = [container_pb2.Mount(volume=name, target="/data")]
-        assert "adopt" not in (await failure(adopting_caller.create("mine", mounts=mounts))).message
+        assert "adopt" not in (await failure(adopting_caller.create("new", mounts=mounts))).message
 
 
 async def test_a_host_folder_that_an_older_version_adopted_is_not_mounted(
