@@ -54,7 +54,7 @@ Check = Callable[[Caller], Awaitable[None]]
 class KillScenario:
     """An operation that can be requested repeatedly.
 
-    `act` requests one operation of `kind`, whatever the state after the operation before; it prepares what that needs.
+    `act` requests one operation of `kind`, in any state after the operation before; it prepares what that needs.
     `check` asserts what must be true when no operation is running, and begins no operation of `kind`.
     """
 
@@ -127,9 +127,9 @@ def missing_moments(stages: Sequence[str], moments: Sequence[Moment]) -> list[st
         {moment.name for moment in moments},
         {moment.stage for moment in moments if "record of" not in moment.name},
     )
-    wanted = [f"before record of RUNNING after {stage}" for stage in ("nothing", *_recorded(stages))]
-    wanted += [f"{when} record of SUCCEEDED after {stages[-1]}" for when in ("before", "after")]
-    lacking = [name for name in wanted if name not in names]
+    required = [f"before record of RUNNING after {stage}" for stage in ("nothing", *_recorded(stages))]
+    required += [f"{when} record of SUCCEEDED after {stages[-1]}" for when in ("before", "after")]
+    lacking = [name for name in required if name not in names]
     return lacking + [
         f"a change in {stage}" for stage in stages if stage not in _STAGES_WITHOUT_CHANGE and stage not in changed
     ]

@@ -96,7 +96,7 @@ class Engine:
     def launch(self) -> None:
         """Start dockerd and do not wait until it answers."""
         # A killed dockerd leaves these files. A process id in them may have been reused, or belong to a zombie: dockerd
-        # would take that process for a running containerd and wait for it in vain.
+        # would take that process for a running containerd and wait for it.
         for stale in (self._pidfile, self.socket, self._containerd_pidfile):
             stale.unlink(missing_ok=True)
         self._process = self._processes.start(

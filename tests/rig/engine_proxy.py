@@ -221,10 +221,10 @@ async def _copy(source: Peer, target: Peer) -> None:
 
 
 async def _finishes_before(
-    wanted: "asyncio.Task[bool] | Coroutine[Any, Any, object]", end: "Coroutine[Any, Any, None]"
+    expected: "asyncio.Task[bool] | Coroutine[Any, Any, object]", end: "Coroutine[Any, Any, None]"
 ) -> bool:
-    """Wait for one of the two; returns whether `wanted` has finished."""
-    first, second = asyncio.ensure_future(wanted), asyncio.create_task(end)
+    """Wait for one of the two; returns whether `expected` has finished."""
+    first, second = asyncio.ensure_future(expected), asyncio.create_task(end)
     try:
         await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
         return first.done()

@@ -56,7 +56,7 @@ class EtcdFiller:
         return True
 
     async def put(self, pieces: int, size: int) -> None:
-        """Put `pieces` keys of `size` bytes each. Raises AssertionError if etcd has no room for them."""
+        """Put `pieces` keys of `size` bytes each. Raises AssertionError if etcd is full."""
         for _ in range(pieces):
             assert await self._put(size)
 

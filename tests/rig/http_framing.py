@@ -93,7 +93,7 @@ class Peer:
                 yield piece
 
     async def send(self, data: bytes) -> None:
-        """Write, and wait until the buffer has room again."""
+        """Write, and wait until the buffer has space again."""
         self.writer.write(data)
         await self.writer.drain()
 

@@ -54,8 +54,8 @@ def test_the_demo_shows_all_steps_and_leaves_nothing() -> None:
     assert re.match(r"make demo: installs \w.*; starts a private Docker Engine, an etcd, eight simulated GPUs", output)
     commands = re.findall(r"^\$ gpudock (?:gpus|list|(?:\w+ train\b)(?: --gpus \d)?)", output, re.MULTILINE)
     shown = [command.removeprefix("$ gpudock ") for command in commands if "exec" not in command]
-    wanted = "scale train --gpus 4, scale train --gpus 0, scale train --gpus 1, stop train, start train, delete train"
-    assert [command for command in shown if command not in {"gpus", "list"}] == ["create train", *wanted.split(", ")]
+    expected = "scale train --gpus 4, scale train --gpus 0, scale train --gpus 1, stop train, start train, delete train"
+    assert [command for command in shown if command not in {"gpus", "list"}] == ["create train", *expected.split(", ")]
     assert shown[-1] == "gpus"
     stages = re.findall(r"^(create|stop|carry|start|commit) +done +\d", output, re.MULTILINE)
     assert stages.count("carry") == 3

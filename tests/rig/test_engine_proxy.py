@@ -92,10 +92,10 @@ async def _send_all(stream: aiodocker.stream.Stream, data: bytes) -> None:
 async def test_the_nth_request_fails_before_the_engine_gets_it(
     client: aiodocker.Docker, docker: aiodocker.Docker, engine_proxy: EngineProxy
 ) -> None:
-    fault = engine_proxy.faults.fail("POST", "/containers/[^/]+/start", status=503, message='no "room"', nth=2)
+    fault = engine_proxy.faults.fail("POST", "/containers/[^/]+/start", status=503, message='no "space"', nth=2)
     first, second = [await client.containers.create(SLEEPER) for _ in range(2)]
     await first.start()
-    with pytest.raises(aiodocker.DockerError, match='no "room"') as raised:
+    with pytest.raises(aiodocker.DockerError, match='no "space"') as raised:
         await second.start()
     assert raised.value.status == 503
     assert fault.hit.is_set()

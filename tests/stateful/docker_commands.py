@@ -43,11 +43,11 @@ async def run_docker_action(host: ModelledHost, name: str, action: str) -> None:
             await _until(lambda: _inspected(host, name)["Name"] == inspected["Name"])
         case "limit":
             engine.call("POST", f"{where}/update", send={"NanoCpus": 700_000_000})
-            wanted = round(expected.spec.cpus * 1e9) or engine.call("GET", "/info")["NCPU"] * 1_000_000_000
-            await _until(lambda: _inspected(host, name)["HostConfig"]["NanoCpus"] == wanted)
-    wanted_state = f"CONTAINER_STATE_{expected.state}"
+            nano_cpus = round(expected.spec.cpus * 1e9) or engine.call("GET", "/info")["NCPU"] * 1_000_000_000
+            await _until(lambda: _inspected(host, name)["HostConfig"]["NanoCpus"] == nano_cpus)
+    expected_state = f"CONTAINER_STATE_{expected.state}"
     async with asyncio.timeout(limit(_NOTICED_S)):
-        while container_pb2.ContainerState.Name((await host.caller.get(name)).status.state) != wanted_state:
+        while container_pb2.ContainerState.Name((await host.caller.get(name)).status.state) != expected_state:
             await asyncio.sleep(0.02)
     host.containers[name] = expected
     return None

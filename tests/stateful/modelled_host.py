@@ -330,8 +330,10 @@ class ModelledHost:
         return error is not None
 
     async def _running_operations(self) -> list[operation_pb2.Operation]:
-        wanted = operation_service_pb2.OperationFilter(states=[operation_pb2.OPERATION_STATE_RUNNING])
-        listed = await self.caller.operations.ListOperations(operation_service_pb2.ListOperationsRequest(filter=wanted))
+        running = operation_service_pb2.OperationFilter(states=[operation_pb2.OPERATION_STATE_RUNNING])
+        listed = await self.caller.operations.ListOperations(
+            operation_service_pb2.ListOperationsRequest(filter=running)
+        )
         return list(listed.operations)
 
     async def refused(self, act: Act, reason: str, holders: Collection[str] = ()) -> None:

@@ -75,9 +75,9 @@ class ReplayedDraws(Draws):
 
     def choose(self, options: Sequence[T], label: str, key: Callable[[T], object] = repr) -> T:
         """The option with the recorded key."""
-        wanted = self._next(label)
+        recorded = self._next(label)
         for option in options:
-            if key(option) == wanted:
+            if key(option) == recorded:
                 return option
         raise StepNotApplicableError(label)
 

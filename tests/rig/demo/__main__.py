@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def _show(screen: Screen) -> None:
-    screen.title("gpudock: GPU containers, changed while they live")
+    screen.title("gpudock: GPU containers, changed while they exist")
     screen.remark("Starting a private Docker Engine, an etcd, eight simulated GPUs and gpudockd …")
     with Rig(gpus=8, images=[BUSYBOX]) as rig:
         rig.images.derive(IMAGE, BUSYBOX, ['CMD ["serve"]'], IMAGE_FILES)

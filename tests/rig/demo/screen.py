@@ -17,8 +17,8 @@ class Screen:
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="replace")
         self._out = out
-        wanted = out.isatty() or bool(os.environ.get("FORCE_COLOR"))
-        self._coloured = wanted and not os.environ.get("NO_COLOR")
+        requested = out.isatty() or bool(os.environ.get("FORCE_COLOR"))
+        self._coloured = requested and not os.environ.get("NO_COLOR")
         self._steps = 0
 
     def fileno(self) -> int:

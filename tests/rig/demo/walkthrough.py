@@ -77,8 +77,8 @@ class Walkthrough:
     def _exec(self) -> None:
         self._screen.step("A command in it, its output as it comes")
         shown = self._shell.run("gpudock exec train -- train")
-        wanted = [f"epoch {number}/{_EPOCHS} on 2 GPUs" for number in range(1, _EPOCHS + 1)]
-        expect([line.partition(":")[0] for line in shown.lines] == wanted, f"the lines {wanted}")
+        expected = [f"epoch {number}/{_EPOCHS} on 2 GPUs" for number in range(1, _EPOCHS + 1)]
+        expect([line.partition(":")[0] for line in shown.lines] == expected, f"the lines {expected}")
         took = shown.moments[-1] - shown.moments[0]
         expect(took > _STREAMED_S, f"lines over more than {_STREAMED_S} s; all came within {took:.2f} s")
         self._screen.verified(f"{_EPOCHS} lines came one by one, over {took:.1f} s")
@@ -133,11 +133,11 @@ class Walkthrough:
         expect(host.isdecimal() and inside == "8888/tcp", f"port 8888 to be published, not {row['PORTS']!r}")
         return host
 
-    def _require_free(self, wanted: int) -> None:
+    def _require_free(self, expected: int) -> None:
         rows = self._shell.run("gpudock gpus").rows
         free = sum(row["CONTAINER"] == "-" for row in rows)
         expect(len(rows) == _GPUS, f"{_GPUS} GPUs, not {len(rows)}")
-        expect(free == wanted, f"{wanted} free GPUs, not {free}")
+        expect(free == expected, f"{expected} free GPUs, not {free}")
         self._screen.verified(f"{free} of {_GPUS} GPUs are free")
 
     def _require_devices(self, gpus: int) -> list[str]:
@@ -146,8 +146,8 @@ class Walkthrough:
         expect(len(held) == gpus, f"it to hold {_gpus(gpus)}, not {len(held)}")
         lines = self._shell.run(_SHOW_FILES).lines
         devices = {line for line in lines if line.startswith("nvidia")}
-        wanted = {f"nvidia{index}" for index in held}
-        expect(devices == wanted, f"the devices {sorted(wanted)} in it, not {sorted(devices)}")
+        expected = {f"nvidia{index}" for index in held}
+        expect(devices == expected, f"the devices {sorted(expected)} in it, not {sorted(devices)}")
         self._held = held
         return [line for line in lines if line not in devices]
 

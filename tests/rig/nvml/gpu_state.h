@@ -2,7 +2,7 @@
  * The state file that the NVML double and the container hook read, and FakeGpus (tests/rig/gpus.py) writes.
  *
  * Text, one "key value..." a line. Lines before the first "gpu" concern the whole machine; each line "gpu" opens the
- * section of the next GPU, in index order. A key that is absent is a query that the card does not support. The file is
+ * section of the next GPU, in index order. A key that is absent is a query that the GPU does not support. The file is
  * replaced by rename, so one read sees one state; it is read again on every call, so a test's change acts at once.
  */
 #ifndef GPU_STATE_H
@@ -35,11 +35,11 @@ static inline const char *state_path(void) { return getenv("GPUDOCK_NVML_STATE")
 static inline char *read_whole_file(const char *path) {
     FILE *file = path ? fopen(path, "re") : NULL;
     if (!file) return NULL;
-    size_t size = 0, room = 16384;
-    char *text = malloc(room);
-    for (size_t got; text && (got = fread(text + size, 1, room - size - 1, file)) > 0;) {
+    size_t size = 0, capacity = 16384;
+    char *text = malloc(capacity);
+    for (size_t got; text && (got = fread(text + size, 1, capacity - size - 1, file)) > 0;) {
         size += got;
-        if (size + 1 >= room) text = realloc(text, room *= 2);
+        if (size + 1 >= capacity) text = realloc(text, capacity *= 2);
     }
     fclose(file);
     if (text) text[size] = '\0';
@@ -104,10 +104,10 @@ static inline int is_lost(const struct state *state, int gpu) {
 }
 
 /* The index of the GPU whose `key` has this value; -1 when none has. */
-static inline int gpu_where(const struct state *state, const char *key, const char *wanted) {
+static inline int gpu_where(const struct state *state, const char *key, const char *expected) {
     for (int i = 0; i < state->gpu_count; i++) {
         const char *value = value_of(state, &state->gpus[i], key);
-        if (value && !strcmp(value, wanted)) return i;
+        if (value && !strcmp(value, expected)) return i;
     }
     return -1;
 }

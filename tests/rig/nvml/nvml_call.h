@@ -1,8 +1,8 @@
 /*
- * How every function of the NVML double begins: it reads the state, obeys a forced failure, and finds its card.
+ * The begin of every function of the NVML double: it reads the state, applies a forced failure, and finds the GPU.
  *
- * "fail FUNCTION CODE [UUID]" in the state makes a function return CODE (for that card alone, where one is named), or
- * block for as long as CODE is "hang". A card with "lost 1" answers GPU_IS_LOST to everything.
+ * "fail FUNCTION CODE [UUID]" in the state makes a function return CODE, only for the GPU with that UUID if there is one,
+ * or block while CODE is "hang". For a GPU with "lost 1" every function returns GPU_IS_LOST.
  */
 #ifndef NVML_CALL_H
 #define NVML_CALL_H
@@ -23,32 +23,32 @@ typedef char *device;
 extern __attribute__((visibility("hidden"))) char handles[STATE_MAX_GPUS][HANDLES_PER_GPU];
 extern __attribute__((visibility("hidden"))) atomic_int init_count;
 
-/* ---- entering a call: state, forced failures, lost cards ---- */
+/* ---- the begin of a call: state, forced failures, lost GPUs ---- */
 
-/* The forced code for this function (on this card, where uuid is given); -1 for "hang", 0 for none. */
+/* The forced code for this function and, if given, this UUID; -1 for "hang", 0 for none. */
 static inline int forced(const struct state *state, const char *function, const char *uuid) {
-    char name[96], code[16], card[96];
+    char name[96], code[16], rule_uuid[96];
     int after = -1;
     for (const char *rule; (rule = next_value(state, &state->machine, "fail", &after));) {
-        *card = '\0';
-        if (sscanf(rule, "%95s %15s %95s", name, code, card) < 2 || strcmp(name, function) != 0) continue;
-        if (*card && (!uuid || strcmp(card, uuid) != 0)) continue;
+        *rule_uuid = '\0';
+        if (sscanf(rule, "%95s %15s %95s", name, code, rule_uuid) < 2 || strcmp(name, function) != 0) continue;
+        if (*rule_uuid && (!uuid || strcmp(rule_uuid, uuid) != 0)) continue;
         return strcmp(code, "hang") ? atoi(code) : -1;
     }
     return SUCCESS;
 }
 
 static inline int force(struct state **state, const char *function, const char *uuid) {
-    char *card = uuid ? strdup(uuid) : NULL;
+    char *own_uuid = uuid ? strdup(uuid) : NULL; /* uuid is part of the state, which is freed below */
     int code;
-    while ((code = forced(*state, function, card)) < 0) {
+    while ((code = forced(*state, function, own_uuid)) < 0) {
         poll(NULL, 0, HANG_POLL_MS);
         struct state *now = state_load();
         if (!now) continue;
         state_free(*state);
         *state = now;
     }
-    free(card);
+    free(own_uuid);
     return code;
 }
 
@@ -58,38 +58,38 @@ static inline int enter(struct state **state, const char *function) {
     return force(state, function, NULL);
 }
 
-struct card {
+struct gpu_call {
     struct state *state;
     int gpu, mig; /* mig: -1 for the whole GPU */
     struct section section;
 };
 
-static inline int open_card(struct card *card, const char *function, int gpu) {
-    if (gpu < 0 || gpu >= card->state->gpu_count) return INVALID_ARGUMENT;
-    const char *uuid = value_of(card->state, &card->state->gpus[gpu], "uuid");
-    int code = force(&card->state, function, uuid);
-    card->gpu = gpu;
-    card->section = card->state->gpus[gpu];
-    return code ? code : is_lost(card->state, gpu) ? GPU_IS_LOST : SUCCESS;
+static inline int open_gpu(struct gpu_call *call, const char *function, int gpu) {
+    if (gpu < 0 || gpu >= call->state->gpu_count) return INVALID_ARGUMENT;
+    const char *uuid = value_of(call->state, &call->state->gpus[gpu], "uuid");
+    int code = force(&call->state, function, uuid);
+    call->gpu = gpu;
+    call->section = call->state->gpus[gpu];
+    return code ? code : is_lost(call->state, gpu) ? GPU_IS_LOST : SUCCESS;
 }
 
-static inline int enter_card(struct card *card, const char *function, device handle) {
+static inline int enter_gpu(struct gpu_call *call, const char *function, device handle) {
     ptrdiff_t offset = handle - &handles[0][0];
     if (offset < 0 || offset >= (ptrdiff_t)sizeof handles) return INVALID_ARGUMENT;
-    card->mig = (int)(offset % HANDLES_PER_GPU) - 1;
-    int code = enter(&card->state, function);
-    return code ? code : open_card(card, function, (int)(offset / HANDLES_PER_GPU));
+    call->mig = (int)(offset % HANDLES_PER_GPU) - 1;
+    int code = enter(&call->state, function);
+    return code ? code : open_gpu(call, function, (int)(offset / HANDLES_PER_GPU));
 }
 
 static inline void release_state(struct state **state) { state_free(*state); }
-static inline void release_card(struct card *card) { state_free(card->state); }
+static inline void release_call(struct gpu_call *call) { state_free(call->state); }
 
 #define ENTER(state)                                                            \
     struct state *state __attribute__((cleanup(release_state))) = NULL;         \
     { int code_ = enter(&state, __func__); if (code_) return code_; }
-#define ENTER_CARD(name, handle)                                                \
-    struct card name __attribute__((cleanup(release_card))) = {0};              \
-    { int code_ = enter_card(&name, __func__, handle); if (code_) return code_; }
+#define ENTER_GPU(name, handle)                                                 \
+    struct gpu_call name __attribute__((cleanup(release_call))) = {0};          \
+    { int code_ = enter_gpu(&name, __func__, handle); if (code_) return code_; }
 
 static inline int copy(const char *value, char *to, unsigned size) {
     if (!value) return NOT_SUPPORTED;
@@ -98,15 +98,15 @@ static inline int copy(const char *value, char *to, unsigned size) {
     return SUCCESS;
 }
 
-static inline int number(const struct card *card, const char *key, unsigned long long *to) {
-    const char *value = value_of(card->state, &card->section, key);
+static inline int number(const struct gpu_call *call, const char *key, unsigned long long *to) {
+    const char *value = value_of(call->state, &call->section, key);
     if (value) *to = strtoull(value, NULL, 0);
     return value ? SUCCESS : NOT_SUPPORTED;
 }
 
-static inline int small_number(const struct card *card, const char *key, unsigned *to) {
+static inline int small_number(const struct gpu_call *call, const char *key, unsigned *to) {
     unsigned long long value = 0;
-    int code = number(card, key, &value);
+    int code = number(call, key, &value);
     if (!code) *to = (unsigned)value;
     return code;
 }
@@ -114,11 +114,11 @@ static inline int small_number(const struct card *card, const char *key, unsigne
 /* "mig UUID TOTAL USED GPU_INSTANCE COMPUTE_INSTANCE PROFILE" */
 struct mig { char uuid[96], profile[64]; unsigned long long total, used; unsigned gpu_instance, compute_instance; };
 
-static inline int mig_device(const struct card *card, int index, struct mig *to) {
+static inline int mig_device(const struct gpu_call *call, int index, struct mig *to) {
     const char *value = NULL;
     int after = -1;
     for (int i = 0; i <= index; i++)
-        if (!(value = next_value(card->state, &card->section, "mig", &after))) return NOT_FOUND;
+        if (!(value = next_value(call->state, &call->section, "mig", &after))) return NOT_FOUND;
     int fields = value ? sscanf(value, "%95s %llu %llu %u %u %63s", to->uuid, &to->total, &to->used, &to->gpu_instance,
                                 &to->compute_instance, to->profile) : 0;
     return fields == 6 ? SUCCESS : NOT_FOUND;

@@ -22,7 +22,7 @@ static int read_event(const struct state *state, int *after, struct reported *to
 }
 
 int nvmlDeviceGetSupportedEventTypes(device handle, unsigned long long *types) {
-    ENTER_CARD(card, handle)
+    ENTER_GPU(call, handle)
     *types = EVENT_TYPES;
     return SUCCESS;
 }
@@ -38,9 +38,9 @@ int nvmlEventSetCreate(struct event_set **to) {
 }
 
 int nvmlDeviceRegisterEvents(device handle, unsigned long long types, struct event_set *set) {
-    ENTER_CARD(card, handle)
+    ENTER_GPU(call, handle)
     if (types & ~EVENT_TYPES) return NOT_SUPPORTED;
-    set->types[card.gpu] |= types;
+    set->types[call.gpu] |= types;
     return SUCCESS;
 }
 
@@ -50,7 +50,7 @@ int nvmlEventSetFree(struct event_set *set) {
     return SUCCESS;
 }
 
-/* The next event of a registered card; failing that, GPU_IS_LOST if one of them is lost, as NVML documents. */
+/* The next event of a registered GPU; if there is none, GPU_IS_LOST if one of them is lost, as NVML documents. */
 static int next_event(struct event_set *set, const struct state *state, struct event *to) {
     struct reported event;
     int after = -1;
