@@ -29,13 +29,13 @@ STOPPED = container_pb2.CONTAINER_STATE_STOPPED
 EXITED = container_pb2.CONTAINER_STATE_EXITED
 FAILED = container_pb2.CONTAINER_STATE_FAILED
 # The image that a commit makes.
-COMMITTED = "gpudock/phoenix:test"
+COMMITTED = "gpudock/subject:test"
 _PORT = container_pb2.PortRequest(container_port=80)
 
 ScenarioFactory = Callable[[Rig, Path], KillScenario]
 
 
-async def _get_or_none(caller: Caller, name: str = "phoenix") -> container_pb2.Container | None:
+async def _get_or_none(caller: Caller, name: str = "subject") -> container_pb2.Container | None:
     try:
         return await caller.get(name)
     except grpc.aio.AioRpcError as error:
@@ -43,7 +43,7 @@ async def _get_or_none(caller: Caller, name: str = "phoenix") -> container_pb2.C
         return None
 
 
-async def _create_with_files(caller: Caller, name: str = "phoenix", gpus: int = 2, **fields: Any) -> str:
+async def _create_with_files(caller: Caller, name: str = "subject", gpus: int = 2, **fields: Any) -> str:
     """Create a container with files; return what SHOW_FILES prints."""
     await caller.create(name, gpus, ports=[_PORT], **fields)
     await caller.shell(name, WRITE_FILES)
@@ -51,20 +51,20 @@ async def _create_with_files(caller: Caller, name: str = "phoenix", gpus: int = 
 
 
 async def _require_free(caller: Caller, rig: Rig, count: int) -> None:
-    await require_absent(caller, rig, "phoenix")
+    await require_absent(caller, rig, "subject")
     assert await caller.free_gpus() == count
 
 
 async def _require_stopped_or_consistent(caller: Caller, rig: Rig, files: str) -> int:
-    """Assert that `phoenix` runs and is consistent, or is stopped; returns its state."""
-    container = await caller.get("phoenix")
+    """Assert that `subject` runs and is consistent, or is stopped; returns its state."""
+    container = await caller.get("subject")
     if container.status.state == RUNNING:
-        await require_consistent(caller, rig, "phoenix", files)
+        await require_consistent(caller, rig, "subject", files)
     else:
         assert container.status.state in (STOPPED, EXITED), container.status
         (engine,) = engine_containers(rig)
         assert not engine["State"]["Running"]
-        held = list((await caller.holders()).values()).count("phoenix")
+        held = list((await caller.holders()).values()).count("subject")
         assert held == (container.spec.gpus.count if container.status.holds_resources else 0)
     return container.status.state
 
@@ -75,15 +75,15 @@ def create(rig: Rig, folder: Path) -> KillScenario:
     mount = container_pb2.Mount(host_path=str(folder), target="/host")
 
     async def act(caller: Caller) -> None:
-        await caller.create("phoenix", 2, ports=[_PORT], mounts=[mount])
+        await caller.create("subject", 2, ports=[_PORT], mounts=[mount])
 
     async def check(caller: Caller) -> None:
         if await _get_or_none(caller) is None:
             await _require_free(caller, rig, 8)
         else:
-            await require_consistent(caller, rig, "phoenix")
+            await require_consistent(caller, rig, "subject")
             assert len(bound_host_paths(rig)) == len(left) + 1
-            await caller.delete("phoenix")
+            await caller.delete("subject")
         assert bound_host_paths(rig) == left
 
     return KillScenario("CREATE", act, check, ("--allowed-host-paths", str(folder)))
@@ -97,11 +97,11 @@ def scale(rig: Rig, folder: Path, *, carry: str) -> KillScenario:
     async def act(caller: Caller) -> None:
         nonlocal files
         files = files or await _create_with_files(caller, mounts=mounts)
-        now = (await caller.get("phoenix")).spec.gpus.count
-        await caller.scale("phoenix", 3 if now == 2 else 2)
+        now = (await caller.get("subject")).spec.gpus.count
+        await caller.scale("subject", 3 if now == 2 else 2)
 
     async def check(caller: Caller) -> None:
-        await require_consistent(caller, rig, "phoenix", files)
+        await require_consistent(caller, rig, "subject", files)
         assert len(bound_host_paths(rig)) == len(left) + len(mounts)
 
     return KillScenario("SCALE", act, check, ("--layer-carry", carry, "--allowed-host-paths", str(folder)))
@@ -114,17 +114,17 @@ def rollback(rig: Rig, _folder: Path) -> KillScenario:
     async def act(caller: Caller) -> None:
         if not files:
             files[2] = await _create_with_files(caller)
-            await caller.scale("phoenix", 3)
-            await caller.shell("phoenix", "echo other > /work/file; rm /work/deep/data; touch /work/deep/data")
-            files[3] = await caller.shell("phoenix", SHOW_FILES)
-        now = (await caller.get("phoenix")).spec.gpus.count
-        others = [revision for revision in await caller.revisions("phoenix") if revision.spec.gpus.count != now]
-        await caller.rollback("phoenix", max(revision.revision for revision in others if revision.HasField("snapshot")))
+            await caller.scale("subject", 3)
+            await caller.shell("subject", "echo other > /work/file; rm /work/deep/data; touch /work/deep/data")
+            files[3] = await caller.shell("subject", SHOW_FILES)
+        now = (await caller.get("subject")).spec.gpus.count
+        others = [revision for revision in await caller.revisions("subject") if revision.spec.gpus.count != now]
+        await caller.rollback("subject", max(revision.revision for revision in others if revision.HasField("snapshot")))
 
     async def check(caller: Caller) -> None:
-        count = (await caller.get("phoenix")).spec.gpus.count
-        await require_consistent(caller, rig, "phoenix", files[count])
-        history = await caller.revisions("phoenix")
+        count = (await caller.get("subject")).spec.gpus.count
+        await require_consistent(caller, rig, "subject", files[count])
+        history = await caller.revisions("subject")
         assert len(history) <= 4
         assert all(revision.HasField("snapshot") != revision.current for revision in history)
 
@@ -139,15 +139,15 @@ def clone(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
     async def act(caller: Caller) -> None:
         nonlocal files
         files = files or await _create_with_files(caller, "source")
-        await caller.clone("source", "phoenix")
+        await caller.clone("source", "subject")
 
     async def check(caller: Caller) -> None:
         await require_consistent(caller, rig, "source", files)
         if await _get_or_none(caller) is None:
             await _require_free(caller, rig, 6)
         else:
-            await require_consistent(caller, rig, "phoenix", files)
-            await caller.delete("phoenix")
+            await require_consistent(caller, rig, "subject", files)
+            await caller.delete("subject")
         assert layer_images(rig) == others
 
     return KillScenario("CLONE", act, check, ("--layer-carry", carry))
@@ -164,7 +164,7 @@ def clone_of_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
             files = await _create_with_files(caller, "source", 1)
             await caller.scale("source", 2)
             await caller.shell("source", "rm -r /work")
-        await caller.clone("source", "phoenix", revision=1)
+        await caller.clone("source", "subject", revision=1)
 
     async def check(caller: Caller) -> None:
         assert (await caller.get("source")).revision == 2
@@ -172,8 +172,8 @@ def clone_of_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
         if await _get_or_none(caller) is None:
             await _require_free(caller, rig, 6)
         else:
-            await require_consistent(caller, rig, "phoenix", files)
-            await caller.delete("phoenix")
+            await require_consistent(caller, rig, "subject", files)
+            await caller.delete("subject")
         assert len(layer_images(rig) - others) == (1 if carry == "commit" else 0)
 
     return KillScenario("CLONE", act, check, ("--layer-carry", carry))
@@ -191,13 +191,13 @@ def update(rig: Rig, _folder: Path, *, field: str) -> KillScenario:
     async def act(caller: Caller) -> None:
         nonlocal files
         files = files or await _create_with_files(caller, gpus=1)
-        now = getattr((await caller.get("phoenix")).spec, field)
+        now = getattr((await caller.get("subject")).spec, field)
         first, second = values[field]
         value = second if now == first else first
-        await caller.update("phoenix", field, **{field: value}, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
+        await caller.update("subject", field, **{field: value}, files=container_service_pb2.FILES_POLICY_CARRY_COMMIT)
 
     async def check(caller: Caller) -> None:
-        await require_consistent(caller, rig, "phoenix", files)
+        await require_consistent(caller, rig, "subject", files)
 
     return KillScenario("UPDATE", act, check)
 
@@ -209,12 +209,12 @@ def stop(rig: Rig, _folder: Path) -> KillScenario:
     async def act(caller: Caller) -> None:
         nonlocal files
         files = files or await _create_with_files(caller)
-        await caller.stop("phoenix")
+        await caller.stop("subject")
 
     async def check(caller: Caller) -> None:
         if await _require_stopped_or_consistent(caller, rig, files) != RUNNING:
-            await caller.start("phoenix")
-            await require_consistent(caller, rig, "phoenix", files)
+            await caller.start("subject")
+            await require_consistent(caller, rig, "subject", files)
 
     return KillScenario("STOP", act, check, ("--snapshot-on-stop", "true"))
 
@@ -226,16 +226,16 @@ def stop_paused(rig: Rig, _folder: Path) -> KillScenario:
     async def act(caller: Caller) -> None:
         nonlocal made
         if not made:
-            await caller.create("phoenix", 2, ports=[_PORT])
+            await caller.create("subject", 2, ports=[_PORT])
             made = True
-        if (await caller.get("phoenix")).status.state in (STOPPED, EXITED):
-            await caller.start("phoenix")
-        if (await caller.get("phoenix")).status.state != PAUSED:
-            await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="phoenix"))
-        await caller.stop("phoenix", keep_resources=True)
+        if (await caller.get("subject")).status.state in (STOPPED, EXITED):
+            await caller.start("subject")
+        if (await caller.get("subject")).status.state != PAUSED:
+            await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="subject"))
+        await caller.stop("subject", keep_resources=True)
 
     async def check(caller: Caller) -> None:
-        state = (await caller.get("phoenix")).status.state
+        state = (await caller.get("subject")).status.state
         # EXITED if the container had ended before the undo.
         assert state in (PAUSED, STOPPED, EXITED), state
         (engine,) = engine_containers(rig)
@@ -253,11 +253,11 @@ def start(rig: Rig, _folder: Path, *, gpus: str) -> KillScenario:
     async def act(caller: Caller) -> None:
         nonlocal files
         files = files or await _create_with_files(caller)
-        container = await caller.get("phoenix")
+        container = await caller.get("subject")
         if container.status.state == RUNNING:
-            await caller.stop("phoenix")
+            await caller.stop("subject")
         now = container.spec.gpus.count
-        await caller.start("phoenix", None if gpus == "same" else 5 - now)
+        await caller.start("subject", None if gpus == "same" else 5 - now)
 
     async def check(caller: Caller) -> None:
         await _require_stopped_or_consistent(caller, rig, files)
@@ -272,25 +272,25 @@ def restart(rig: Rig, _folder: Path) -> KillScenario:
     async def act(caller: Caller) -> None:
         nonlocal files
         files = files or await _create_with_files(caller)
-        await caller.restart("phoenix")
+        await caller.restart("subject")
 
     async def check(caller: Caller) -> None:
-        await require_consistent(caller, rig, "phoenix", files)
+        await require_consistent(caller, rig, "subject", files)
 
     return KillScenario("RESTART", act, check)
 
 
 async def _set_paused(caller: Caller, *, paused: bool) -> None:
-    """Pause or unpause `phoenix`, unless it is in that state."""
+    """Pause or unpause `subject`, unless it is in that state."""
     container = await _get_or_none(caller)
     if container is None:
-        container = await caller.create("phoenix", 2, ports=[_PORT])
+        container = await caller.create("subject", 2, ports=[_PORT])
     if (container.status.state == PAUSED) == paused:
         return
     if paused:
-        await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="phoenix"))
+        await caller.containers.PauseContainer(container_service_pb2.PauseContainerRequest(name="subject"))
     else:
-        await caller.containers.UnpauseContainer(container_service_pb2.UnpauseContainerRequest(name="phoenix"))
+        await caller.containers.UnpauseContainer(container_service_pb2.UnpauseContainerRequest(name="subject"))
 
 
 def _pause_or_unpause(rig: Rig, _folder: Path, *, kind: str) -> KillScenario:
@@ -301,12 +301,12 @@ def _pause_or_unpause(rig: Rig, _folder: Path, *, kind: str) -> KillScenario:
         await _set_paused(caller, paused=pauses)
 
     async def check(caller: Caller) -> None:
-        state = (await caller.get("phoenix")).status.state
+        state = (await caller.get("subject")).status.state
         assert state in (RUNNING, PAUSED), state
         (engine,) = engine_containers(rig)
         assert engine["State"]["Running"]
         assert engine["State"]["Paused"] == (state == PAUSED), "the engine's state differs from the record"
-        assert list((await caller.holders()).values()).count("phoenix") == 2
+        assert list((await caller.holders()).values()).count("subject") == 2
 
     return KillScenario(kind, act, check)
 
@@ -319,11 +319,11 @@ def delete(rig: Rig, _folder: Path) -> KillScenario:
         nonlocal uid
         container = await _get_or_none(caller)
         if container is None:
-            container = await caller.create("phoenix", 2, ports=[_PORT])
-            await caller.shell("phoenix", WRITE_FILES)
-            await caller.scale("phoenix", 3)
+            container = await caller.create("subject", 2, ports=[_PORT])
+            await caller.shell("subject", WRITE_FILES)
+            await caller.scale("subject", 3)
         uid = container.uid
-        await caller.delete("phoenix")
+        await caller.delete("subject")
 
     async def check(caller: Caller) -> None:
         container = await _get_or_none(caller)
@@ -332,7 +332,7 @@ def delete(rig: Rig, _folder: Path) -> KillScenario:
             assert not list(_snapshots(rig).glob(f"*/{uid}/*")), "snapshots of the deleted container are left"
             assert layer_images(rig) == others
         elif container.status.state == RUNNING:
-            await require_consistent(caller, rig, "phoenix")
+            await require_consistent(caller, rig, "subject")
         else:
             assert container.status.state == FAILED, container.status
             assert not container.status.operation_id
@@ -348,16 +348,16 @@ def delete_revision(rig: Rig, _folder: Path, *, carry: str) -> KillScenario:
     async def act(caller: Caller) -> None:
         nonlocal files
         files = files or await _create_with_files(caller)
-        old = [revision for revision in await caller.revisions("phoenix") if not revision.current]
+        old = [revision for revision in await caller.revisions("subject") if not revision.current]
         if not old:
-            now = (await caller.get("phoenix")).spec.gpus.count
-            await caller.scale("phoenix", 5 - now)
-            old = [revision for revision in await caller.revisions("phoenix") if not revision.current]
-        await caller.delete_revision("phoenix", old[0].revision)
+            now = (await caller.get("subject")).spec.gpus.count
+            await caller.scale("subject", 5 - now)
+            old = [revision for revision in await caller.revisions("subject") if not revision.current]
+        await caller.delete_revision("subject", old[0].revision)
 
     async def check(caller: Caller) -> None:
-        container = await require_consistent(caller, rig, "phoenix", files)
-        old = {revision.revision for revision in await caller.revisions("phoenix") if not revision.current}
+        container = await require_consistent(caller, rig, "subject", files)
+        old = {revision.revision for revision in await caller.revisions("subject") if not revision.current}
         on_disk = {path.parent.name for path in _snapshots(rig).glob(f"*/{container.uid}/*/meta.json")}
         assert {int(number) for number in on_disk} <= old
         if carry == "commit":
@@ -378,13 +378,13 @@ def commit(rig: Rig, _folder: Path) -> KillScenario:
 
     async def act(caller: Caller) -> None:
         if await _get_or_none(caller) is None:
-            await caller.create("phoenix", 2, ports=[_PORT])
-            await caller.shell("phoenix", "echo kept > /kept")
-        await caller.commit("phoenix", "gpudock/phoenix", tag="test")
+            await caller.create("subject", 2, ports=[_PORT])
+            await caller.shell("subject", "echo kept > /kept")
+        await caller.commit("subject", "gpudock/subject", tag="test")
 
     async def check(caller: Caller) -> None:
         nonlocal named
-        await require_consistent(caller, rig, "phoenix")
+        await require_consistent(caller, rig, "subject")
         request = operation_service_pb2.ListOperationsRequest(page_size=1)
         (last,) = (await caller.operations.ListOperations(request)).operations
         images = {

@@ -105,7 +105,7 @@ class MomentLog:
         return [moment for moment in self.moments if moment.number.startswith(DURING)]
 
     @property
-    def died_at(self) -> Moment | None:
+    def killed_at(self) -> Moment | None:
         """The moment at which the daemon was killed; None if it was not."""
         found = re.search(r"^dying at moment ((?:during )?\d+) \[(.*?)\]: (.*)$", self.text, re.MULTILINE)
         return Moment(*found.groups()) if found else None
@@ -182,28 +182,28 @@ class DaemonKiller:
     async def kill_at_one_moment(self, scenario: KillScenario) -> None:
         """Kill at one moment on the way forward, between two calls or during one."""
         log = await self._uninterrupted_log(scenario)
-        died = None
+        killed = None
         for _ in range(_MOST_DRAWN_AGAIN):
             # A repeated operation can have fewer moments than the first; the daemon survives then.
-            died = await self._run_once(scenario, self._random.choice(self._log.moments).number)
-            if died is not None:
+            killed = await self._run_once(scenario, self._random.choice(self._log.moments).number)
+            if killed is not None:
                 break
         await self._restart_and_check(scenario, "")
-        assert died is not None
-        self._report(scenario.kind, log.moments, [died], minimum_moments(log.stages))
+        assert killed is not None
+        self._report(scenario.kind, log.moments, [killed], minimum_moments(log.stages))
 
     async def kill_at_every_moment(self, scenario: KillScenario) -> None:
         """Kill at several moments on the way forward, between calls and during them."""
         log, tried = await self._uninterrupted_log(scenario), []
         known = list(log.moments)
         for moment in (*self._sample(log.between, _DRAWN_BETWEEN), *self._sample(log.during, _DRAWN_DURING)):
-            died = await self._run_once(scenario, moment.number)
-            tried += [died] if died else []
+            killed = await self._run_once(scenario, moment.number)
+            tried += [killed] if killed else []
         # A repeated operation can also have more moments than the first.
         number = len(log.between) + 1
-        while ALL and (died := await self._run_once(scenario, str(number))) is not None:
-            tried.append(died)
-            known.append(died)
+        while ALL and (killed := await self._run_once(scenario, str(number))) is not None:
+            tried.append(killed)
+            known.append(killed)
             number += 1
             assert number < _MOST_MOMENTS, f"the operation has not ended after {number} moments"
         assert tried
@@ -217,8 +217,8 @@ class DaemonKiller:
         lacking = missing_undo_moments(log.stages, log.between) + calls_without_moment(log.moments)
         assert not lacking, (lacking, log.stages, log.moments)
         for moment in self._sample(log.moments, _DRAWN_UNDOING):
-            died = await self._run_once(scenario, moment.number, Phase.UNDOING)
-            tried += [died] if died else []
+            killed = await self._run_once(scenario, moment.number, Phase.UNDOING)
+            tried += [killed] if killed else []
         await self._restart_and_check(scenario, "")
         assert tried
         self._report(scenario.kind, log.moments, tried, log.stages.index(_COMMIT) + 3)
@@ -231,10 +231,10 @@ class DaemonKiller:
 
         async def twice(first: Moment, second: str) -> Moment | None:
             assert await self._run_once(scenario, first.number) is not None, f"the daemon was not killed at {first}"
-            died = await self._recover(scenario, second)
+            killed = await self._recover(scenario, second)
             known.update({(first.number, moment.number): moment.after(first) for moment in self._log.moments})
-            tried.extend([died.after(first)] if died else [])
-            return died
+            tried.extend([killed.after(first)] if killed else [])
+            return killed
 
         # After the last record there is nothing to recover.
         for first in self._sample(forward[1:-1], _DRAWN_RECOVERING):
@@ -296,7 +296,7 @@ class DaemonKiller:
 
     async def _wait_for_death(self) -> Moment:
         assert await asyncio.to_thread(self._running.wait) == -9, self._running.log_text
-        moment = self._log.died_at
+        moment = self._log.killed_at
         assert moment is not None, self._running.log_text
         print(f"killed at {moment}")  # noqa: T201 - pytest shows it with a failure
         await require_children_exit(self._log.children)

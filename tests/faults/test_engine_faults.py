@@ -84,17 +84,17 @@ async def test_create_with_a_fault_in_each_engine_call(clean_engine: Rig, engine
         outcomes = []
 
         async def create() -> None:
-            await caller.create("victim", 2, ports=[_PORT])
+            await caller.create("subject", 2, ports=[_PORT])
 
         async for reason in _fail_each_call(engine_proxy, FAULTS[kind], create):
             outcomes.append(reason)
             await caller.until_idle()
             if reason:
-                await require_absent(caller, rig, "victim")
+                await require_absent(caller, rig, "subject")
                 assert await caller.free_gpus() == 8
             else:
-                await require_consistent(caller, rig, "victim")
-                await caller.delete("victim")
+                await require_consistent(caller, rig, "subject")
+                await caller.delete("subject")
         assert any(outcomes)
         assert outcomes[-1] == ""
 
@@ -104,20 +104,20 @@ async def test_create_with_a_fault_in_each_engine_call(clean_engine: Rig, engine
 async def test_scale_with_a_fault_in_each_engine_call(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
     rig = clean_engine
     async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
-        await caller.create("victim", 2, ports=[_PORT])
-        await caller.shell("victim", WRITE_FILES)
-        files = await caller.shell("victim", SHOW_FILES)
+        await caller.create("subject", 2, ports=[_PORT])
+        await caller.shell("subject", WRITE_FILES)
+        files = await caller.shell("subject", SHOW_FILES)
         count = 2
         outcomes = []
 
         async def scale() -> None:
-            await caller.scale("victim", 5 - count)
+            await caller.scale("subject", 5 - count)
 
         async for reason in _fail_each_call(engine_proxy, FAULTS[kind], scale):
             outcomes.append(reason)
             await caller.until_idle()
             count = count if reason else 5 - count
-            container = await require_consistent(caller, rig, "victim", files)
+            container = await require_consistent(caller, rig, "subject", files)
             assert container.spec.gpus.count == count, "the result differs from what happened"
         assert any(outcomes)
         assert outcomes[-1] == ""
@@ -134,8 +134,8 @@ async def test_commit_with_a_fault_in_each_engine_call(clean_engine: Rig, engine
     """The name is that of the old image, or of the image in the result; no other image is left."""
     rig = clean_engine
     async with _daemon_behind(rig, engine_proxy, kind) as (_, caller):
-        await caller.create("victim", 2, ports=[_PORT])
-        before = (await caller.commit("victim", "gpudock/victim", tag="test")).id
+        await caller.create("subject", 2, ports=[_PORT])
+        before = (await caller.commit("subject", "gpudock/subject", tag="test")).id
         # Daemons of other tests, killed during a commit, may have left images.
         others = _images(rig)
         outcomes = []
@@ -144,19 +144,19 @@ async def test_commit_with_a_fault_in_each_engine_call(clean_engine: Rig, engine
         async def commit() -> None:
             nonlocal made
             made = ""
-            made = (await caller.commit("victim", "gpudock/victim", tag="test")).id
+            made = (await caller.commit("subject", "gpudock/subject", tag="test")).id
 
         async for reason in _fail_each_call(engine_proxy, FAULTS[kind], commit):
             outcomes.append(reason)
             await caller.until_idle()
-            await require_consistent(caller, rig, "victim")
+            await require_consistent(caller, rig, "subject")
             images = _images(rig)
-            assert images["gpudock/victim:test"] == (made or before), reason
+            assert images["gpudock/subject:test"] == (made or before), reason
             assert not [tag for tag in images if tag.startswith(_INTERMEDIATE_IMAGES) and tag not in others], reason
             before = made or before
         assert any(outcomes)
         assert outcomes[-1] == ""
-    rig.engine.call("DELETE", "/images/gpudock/victim:test")
+    rig.engine.call("DELETE", "/images/gpudock/subject:test")
 
 
 @pytest.mark.timeout(300)
@@ -170,17 +170,17 @@ async def test_clone_with_a_fault_in_each_engine_call(clean_engine: Rig, engine_
         outcomes = []
 
         async def clone() -> None:
-            await caller.clone("source", "victim")
+            await caller.clone("source", "subject")
 
         async for reason in _fail_each_call(engine_proxy, FAULTS[kind], clone):
             outcomes.append(reason)
             await caller.until_idle()
             await require_consistent(caller, rig, "source", files)
             if reason:
-                await require_absent(caller, rig, "victim")
+                await require_absent(caller, rig, "subject")
                 assert await caller.free_gpus() == 6
             else:
-                await require_consistent(caller, rig, "victim", files)
-                await caller.delete("victim")
+                await require_consistent(caller, rig, "subject", files)
+                await caller.delete("subject")
         assert any(outcomes)
         assert outcomes[-1] == ""

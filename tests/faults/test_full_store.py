@@ -93,9 +93,9 @@ async def test_a_running_operation_reports_that_the_store_is_full(
     async with daemons.rig.engine_proxy() as proxy:
         daemon = await daemons.start(etcd_endpoints=small_etcd.endpoint, docker_host=proxy.url)
         async with Caller(daemon.target) as caller:
-            await caller.create("victim", 1)
+            await caller.create("subject", 1)
             held = proxy.faults.hang("POST", r"/containers/.*/stop.*")
-            refusal = asyncio.create_task(_refusal(caller.containers.ScaleContainer(scale_request("victim", 2))))
+            refusal = asyncio.create_task(_refusal(caller.containers.ScaleContainer(scale_request("subject", 2))))
             await asyncio.wait_for(held.hit.wait(), limit(_ANSWER_SECONDS))
             await filler.fill()
             held.release()
@@ -114,11 +114,11 @@ async def test_a_running_operation_reports_that_the_store_is_full(
             # The error must say that the operation has not ended: a caller would otherwise repeat the request.
             assert f"operation {operation.id} waits" in failure.message
             assert failure.metadata["operation_id"] == operation.id
-            assert (await caller.get("victim")).name == "victim"
+            assert (await caller.get("subject")).name == "subject"
             await filler.remove()
             await caller.until_idle()
-            assert len((await caller.get("victim")).status.gpu_uuids) == 2
-            await caller.delete("victim")
+            assert len((await caller.get("subject")).status.gpu_uuids) == 2
+            await caller.delete("subject")
         assert "Traceback" not in daemon.log_text, daemon.log_text
 
 

@@ -39,7 +39,7 @@ def volumes_rig(clean_engine: Rig) -> Iterator[Rig]:
 
 async def _volume_or_none(caller: Caller) -> volume_pb2.Volume | None:
     try:
-        return await caller.volume("phoenix")
+        return await caller.volume("subject")
     except grpc.aio.AioRpcError as error:
         assert error.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017 - any other code fails the test
         return None
@@ -54,7 +54,7 @@ async def _require_nothing_left(caller: Caller, rig: Rig) -> None:
 
 
 async def _require_ready(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Volume:
-    """Assert that the volume `phoenix` is READY, with one of these sizes and at most one loop device."""
+    """Assert that the volume `subject` is READY, with one of these sizes and at most one loop device."""
     volume = await _volume_or_none(caller)
     assert volume is not None
     assert volume.state == volume_pb2.VOLUME_STATE_READY
@@ -68,12 +68,12 @@ async def _require_ready(caller: Caller, rig: Rig, *sizes: int) -> volume_pb2.Vo
 
 def _create(rig: Rig) -> KillScenario:
     async def create(caller: Caller) -> None:
-        await caller.create_volume("phoenix", _SIZE)
+        await caller.create_volume("subject", _SIZE)
 
     async def check(caller: Caller) -> None:
         if await _volume_or_none(caller) is not None:
             await _require_ready(caller, rig, _SIZE)
-            await caller.delete_volume("phoenix")
+            await caller.delete_volume("subject")
         await _require_nothing_left(caller, rig)
 
     return KillScenario("CREATE_VOLUME", create, check)
@@ -82,8 +82,8 @@ def _create(rig: Rig) -> KillScenario:
 def _delete(rig: Rig) -> KillScenario:
     async def delete(caller: Caller) -> None:
         if await _volume_or_none(caller) is None:
-            await caller.create_volume("phoenix", _SIZE)
-        await caller.delete_volume("phoenix")
+            await caller.create_volume("subject", _SIZE)
+        await caller.delete_volume("subject")
 
     async def check(caller: Caller) -> None:
         if await _volume_or_none(caller) is None:
@@ -101,17 +101,17 @@ def _delete_with_force(rig: Rig) -> KillScenario:
     async def delete(caller: Caller) -> None:
         nonlocal kept
         if not kept:
-            for name in ("phoenix", "ash"):
+            for name in ("subject", "second"):
                 await caller.create(name)
                 await caller.shell(name, _WRITE_FILES.replace("/data", "/root"))
-            kept = await caller.shell("phoenix", _SHOW_FILES.replace("/data", "/root"))
+            kept = await caller.shell("subject", _SHOW_FILES.replace("/data", "/root"))
         if await _volume_or_none(caller) is None:
-            await caller.create_volume("phoenix", _SIZE)
-        for name in ("phoenix", "ash"):
+            await caller.create_volume("subject", _SIZE)
+        for name in ("subject", "second"):
             if not (await caller.get(name)).spec.mounts:
                 await caller.update(name, mounts=[_mount()])
             await caller.stop(name)
-        await caller.delete_volume("phoenix", force=True)
+        await caller.delete_volume("subject", force=True)
 
     async def check(caller: Caller) -> None:
         volume = await _volume_or_none(caller)
@@ -124,12 +124,12 @@ def _delete_with_force(rig: Rig) -> KillScenario:
             operation for operation in listed.operations if operation.state != operation_pb2.OPERATION_STATE_SUCCEEDED
         ]
         assert not [operation.error for operation in failed], "an operation that has begun must be completed"
-        for name in ("phoenix", "ash"):
+        for name in ("subject", "second"):
             container = await caller.get(name)
             assert not container.status.operation_id
             assert container.spec.mounts == ([_mount()] if volume is not None else [])
             await caller.start(name)
-        assert await caller.shell("phoenix", _SHOW_FILES.replace("/data", "/root")) == kept
+        assert await caller.shell("subject", _SHOW_FILES.replace("/data", "/root")) == kept
 
     return KillScenario("DELETE_VOLUME", delete, check)
 
@@ -145,15 +145,15 @@ def _adopt(rig: Rig) -> KillScenario:
             with volume_container(rig, "theirs") as theirs:
                 theirs.run("sh", "-c", _WRITE_FILES)
                 files = theirs.run("sh", "-c", _SHOW_FILES).stdout
-        await caller.adopt_volume("phoenix", "theirs", _SIZE)
+        await caller.adopt_volume("subject", "theirs", _SIZE)
 
     async def check(caller: Caller) -> None:
         if await _volume_or_none(caller) is not None:
             await _require_ready(caller, rig, _SIZE)
-            await caller.create("phoenix", mounts=[_mount()])
-            assert await caller.shell("phoenix", _SHOW_FILES) == files
-            await caller.delete("phoenix")
-            await caller.delete_volume("phoenix")
+            await caller.create("subject", mounts=[_mount()])
+            assert await caller.shell("subject", _SHOW_FILES) == files
+            await caller.delete("subject")
+            await caller.delete_volume("subject")
         await _require_nothing_left(caller, rig)
         with volume_container(rig, "theirs") as theirs:
             assert theirs.run("sh", "-c", _SHOW_FILES).stdout == files
@@ -162,11 +162,11 @@ def _adopt(rig: Rig) -> KillScenario:
 
 
 def _mount() -> container_pb2.Mount:
-    return container_pb2.Mount(volume="phoenix", target="/data")
+    return container_pb2.Mount(volume="subject", target="/data")
 
 
 async def _filesystem_size(caller: Caller) -> int:
-    return int((await caller.shell("phoenix", "df -P -k /data")).splitlines()[1].split()[1]) << 10
+    return int((await caller.shell("subject", "df -P -k /data")).splitlines()[1].split()[1]) << 10
 
 
 def _resize_in_place(rig: Rig, *, step: int) -> KillScenario:
@@ -177,20 +177,20 @@ def _resize_in_place(rig: Rig, *, step: int) -> KillScenario:
         nonlocal files
         volume = await _volume_or_none(caller)
         if volume is not None and volume.size_bytes == sizes[-1]:
-            await caller.delete("phoenix")
-            await caller.delete_volume("phoenix")
+            await caller.delete("subject")
+            await caller.delete_volume("subject")
             volume = None
         if volume is None:
-            volume = await caller.create_volume("phoenix", 2 * _SIZE)
-            await caller.create("phoenix", mounts=[_mount()])
-            await caller.shell("phoenix", _WRITE_FILES)
-            files = await caller.shell("phoenix", _SHOW_FILES)
-        await caller.resize_volume("phoenix", volume.size_bytes + step)
+            volume = await caller.create_volume("subject", 2 * _SIZE)
+            await caller.create("subject", mounts=[_mount()])
+            await caller.shell("subject", _WRITE_FILES)
+            files = await caller.shell("subject", _SHOW_FILES)
+        await caller.resize_volume("subject", volume.size_bytes + step)
 
     async def check(caller: Caller) -> None:
         volume = await _require_ready(caller, rig, *sizes)
         assert abs(await _filesystem_size(caller) - volume.size_bytes) < volume.size_bytes // 50
-        assert await caller.shell("phoenix", _SHOW_FILES) == files
+        assert await caller.shell("subject", _SHOW_FILES) == files
 
     # Of the filesystems for loop devices, only btrfs can grow and shrink in place.
     return KillScenario("RESIZE_VOLUME", resize, check, ("--volume-filesystem", "btrfs"))
@@ -201,19 +201,19 @@ def _shrink_by_copy(rig: Rig) -> KillScenario:
 
     async def shrink(caller: Caller) -> None:
         nonlocal files
-        await caller.create_volume("phoenix", _SIZE + 64 * _MIB)
-        await caller.create("phoenix", mounts=[_mount()])
-        await caller.shell("phoenix", _WRITE_FILES)
-        files = await caller.shell("phoenix", _SHOW_FILES)
-        await caller.resize_volume("phoenix", _SIZE)
+        await caller.create_volume("subject", _SIZE + 64 * _MIB)
+        await caller.create("subject", mounts=[_mount()])
+        await caller.shell("subject", _WRITE_FILES)
+        files = await caller.shell("subject", _SHOW_FILES)
+        await caller.resize_volume("subject", _SIZE)
 
     async def check(caller: Caller) -> None:
         volume = await _require_ready(caller, rig, _SIZE, _SIZE + 64 * _MIB)
-        assert (await caller.get("phoenix")).status.state == container_pb2.CONTAINER_STATE_RUNNING
+        assert (await caller.get("subject")).status.state == container_pb2.CONTAINER_STATE_RUNNING
         assert abs(await _filesystem_size(caller) - volume.size_bytes) < volume.size_bytes // 50
-        assert await caller.shell("phoenix", _SHOW_FILES) == files
-        await caller.delete("phoenix")
-        await caller.delete_volume("phoenix")
+        assert await caller.shell("subject", _SHOW_FILES) == files
+        await caller.delete("subject")
+        await caller.delete_volume("subject")
         await _require_nothing_left(caller, rig)
 
     flags = ("--volume-backend", "loop", "--volume-filesystem", "xfs")

@@ -60,15 +60,15 @@ async def _daemon(rig: Rig, *flags: str) -> AsyncIterator[tuple[Daemon, EnginePr
 
 
 async def _create_with_files(caller: Caller) -> str:
-    await caller.create("victim", 2, ports=[_PORT], restart_policy=_ALWAYS)
-    await caller.shell("victim", WRITE_FILES)
-    return await caller.shell("victim", SHOW_FILES)
+    await caller.create("subject", 2, ports=[_PORT], restart_policy=_ALWAYS)
+    await caller.shell("subject", WRITE_FILES)
+    return await caller.shell("subject", SHOW_FILES)
 
 
 async def _scale_outcome(caller: Caller) -> tuple[str, Progress | None]:
     """The result of a scale to three GPUs: the reason of its error, or what its stream has sent."""
     try:
-        return "", await progress_of(caller.containers.ScaleContainer(scale_request("victim", 3)))
+        return "", await progress_of(caller.containers.ScaleContainer(scale_request("subject", 3)))
     except grpc.aio.AioRpcError as error:
         failure = failure_of(error)
         assert failure.reason in _OUTAGE_REASONS, failure
@@ -80,7 +80,7 @@ async def _require_as_reported(caller: Caller, rig: Rig, files: str, outcome: tu
     reason, progress = outcome
     count = 2 if reason else 3
     await _wait_until_consistent(caller, rig, files)
-    container = await caller.get("victim")
+    container = await caller.get("subject")
     assert (container.spec.gpus.count, len(container.status.gpu_uuids)) == (count, count), outcome
     if progress is not None and progress.result is not None:
         assert progress.result.status.gpu_uuids == container.status.gpu_uuids
@@ -95,11 +95,11 @@ async def _require_as_reported(caller: Caller, rig: Rig, files: str, outcome: tu
 
 
 async def _restart_if_exited(caller: Caller, rig: Rig) -> None:
-    """Wait until the record has the state of the engine; start `victim` if the killed engine did not."""
+    """Wait until the record has the state of the engine; start `subject` if the killed engine did not."""
     deadline = time.monotonic() + limit(_BACK_SECONDS)
     while True:
         await caller.until_idle()
-        status = (await caller.get("victim")).status
+        status = (await caller.get("subject")).status
         runs = rig.engine.call("GET", f"/containers/{status.engine_id}/json")["State"]["Running"]
         if status.state == (container_pb2.CONTAINER_STATE_RUNNING if runs else container_pb2.CONTAINER_STATE_EXITED):
             break
@@ -107,7 +107,7 @@ async def _restart_if_exited(caller: Caller, rig: Rig) -> None:
         await asyncio.sleep(0.2)
     assert status.holds_resources
     if not runs:
-        await caller.start("victim")
+        await caller.start("subject")
 
 
 async def _wait_until_consistent(caller: Caller, rig: Rig, files: str) -> None:
@@ -115,7 +115,7 @@ async def _wait_until_consistent(caller: Caller, rig: Rig, files: str) -> None:
     while True:
         try:
             await caller.until_idle()
-            await require_consistent(caller, rig, "victim", files)
+            await require_consistent(caller, rig, "subject", files)
         except (AssertionError, grpc.aio.AioRpcError) as error:
             if time.monotonic() > deadline:
                 error.add_note(f"The end of etcd's log:\n{rig.etcd.log_text[-4000:]}")
@@ -165,7 +165,7 @@ async def test_a_scale_is_refused_while_etcd_is_away(fragile_rig: Rig, how: str)
         assert outcome[0] == "STORE_UNAVAILABLE"
         await _wait_until_consistent(caller, fragile_rig, files)
         # etcd may have executed a write that it did not answer; then the scale is completed.
-        container = await caller.get("victim")
+        container = await caller.get("subject")
         assert len(container.status.gpu_uuids) == container.spec.gpus.count
         assert await caller.free_gpus() == 8 - container.spec.gpus.count
 
@@ -205,7 +205,7 @@ async def test_engine_etcd_and_daemon_are_killed_during_a_scale(fragile_rig: Rig
     try:
         async with Caller(daemon.target) as caller:
             await _wait_until_consistent(caller, fragile_rig, files)
-            count = len((await caller.get("victim")).status.gpu_uuids)
+            count = len((await caller.get("subject")).status.gpu_uuids)
             assert count in (2, 3)
             assert await caller.free_gpus() == 8 - count
             await caller.delete_all()
@@ -222,6 +222,6 @@ async def _ignore_failure(call: Awaitable[object]) -> None:
 
 async def _wait_for_operation(caller: Caller) -> None:
     deadline = time.monotonic() + limit(_BACK_SECONDS)
-    while not (await caller.get("victim")).status.operation_id:
+    while not (await caller.get("subject")).status.operation_id:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)

@@ -128,11 +128,11 @@ async def _require_operations_ended(caller: Caller, keys: Mapping[str, Stored]) 
 
 async def _require_objects(caller: Caller, keys: Mapping[str, Stored], recording: Recording) -> None:
     """Every container and volume exists with its spec; containers that the engine has lost are FAILED."""
-    alive = {HALF_SCALED, HALF_CREATED, USER}
+    running = {HALF_SCALED, HALF_CREATED, USER}
     for sort, _, name in (key.partition("/") for key in keys):
         if sort == "containers" and name not in _GONE_CONTAINERS:
             # The state changes only once the operation on the container has ended.
-            await until_state(caller, name, _RUNNING if name in alive else _FAILED, seconds=60)
+            await until_state(caller, name, _RUNNING if name in running else _FAILED, seconds=60)
             container = await caller.get(name)
             assert container.uid == _uid(keys, f"{sort}/{name}")
             spec = dict(recording.answers[f"GetContainer {name}"]["spec"])

@@ -24,7 +24,7 @@ from pathlib import Path
 BASE = Path(os.environ.get("GPUDOCK_RIG_BASE", "/var/tmp/gpudock-rigs"))
 GROUP_PREFIX = "gpudock-rig-"
 _POLL_S = 0.005
-_PATIENCE_S = 20.0
+_REMOVAL_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RigId:
         return cls(*map(int, parts))
 
     @classmethod
-    def mint(cls) -> "RigId":
+    def create(cls) -> "RigId":
         """Make a new id for this process, and its folder with mode 0711."""
         BASE.mkdir(parents=True, exist_ok=True)
         pid = os.getpid()
@@ -144,7 +144,7 @@ def destroy(rig: RigId) -> list[str]:
 
     Returns what could not be removed within 20 s, as `leftovers` does.
     """
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _REMOVAL_SECONDS
     while _kill(rig) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
     for point in mounts_of(rig):

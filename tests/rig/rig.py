@@ -71,7 +71,7 @@ class Rig:
         if os.geteuid() != 0:
             raise RigError("the rig needs root, for dockerd and its namespaces")
         cleanup.sweep()
-        self._id = cleanup.RigId.mint()
+        self._id = cleanup.RigId.create()
         try:
             self._start(self._id)
         except BaseException:

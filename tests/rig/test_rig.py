@@ -86,8 +86,8 @@ async def test_published_ports_answer_only_in_the_network_namespace(rig: Rig, do
     }
     container = await docker.containers.create(config)
     await container.start()
-    ask = "until busybox wget -qO- http://127.0.0.1:28080; do :; done"  # it may not listen yet
-    assert rig.run("timeout", f"{limit(10):g}", "sh", "-c", ask).stdout == "hello\n"
+    command = "until busybox wget -qO- http://127.0.0.1:28080; do :; done"  # it may not listen yet
+    assert rig.run("timeout", f"{limit(10):g}", "sh", "-c", command).stdout == "hello\n"
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", 28080), timeout=2):
         pass
     assert "docker0" in rig.run("ip", "-brief", "link").stdout

@@ -43,9 +43,9 @@ def test_a_log_shows_the_stages_and_the_moments() -> None:
     log = MomentLog(f"{_FORWARD}dying at moment during 1 [create]: in Engine.create\nchildren: 7:cp 8:etcd\n")
     assert log.stages == _STAGES
     assert [moment.number for moment in log.between] == [str(number) for number in range(1, 10)]
-    assert log.during == [Moment("during 1", "create", "in Engine.create")] == [log.died_at]
+    assert log.during == [Moment("during 1", "create", "in Engine.create")] == [log.killed_at]
     assert log.children == {7: "cp"}, "etcd is not a child that must exit"
-    assert MomentLog("").died_at is None
+    assert MomentLog("").killed_at is None
 
 
 def test_a_log_with_a_record_and_a_change_for_each_stage_misses_nothing() -> None:

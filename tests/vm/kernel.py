@@ -65,9 +65,9 @@ class Kernel:
 
     def _in_order(self) -> list[Path]:
         """The first modules and their dependencies, in the order of loading, without built-in modules."""
-        ask = ["modprobe", "--show-depends", "--all", "--dirname", str(self.modules.parents[1])]
-        ask += ["--set-version", self.version, *_FIRST_MODULES]
+        command = ["modprobe", "--show-depends", "--all", "--dirname", str(self.modules.parents[1])]
+        command += ["--set-version", self.version, *_FIRST_MODULES]
         environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
-        lines = subprocess.run(ask, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
+        lines = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.splitlines()
         paths = [line.split()[1] for line in lines if line.startswith("insmod ")]
         return [Path(path) for path in dict.fromkeys(paths)]

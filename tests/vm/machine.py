@@ -158,7 +158,7 @@ class Machine:
         if os.geteuid() != 0:
             raise RigError("the VM needs root, to share all of the host's files")
         cleanup.sweep()
-        self._id = cleanup.RigId.mint()
+        self._id = cleanup.RigId.create()
         try:
             guard = [sys.executable, "-I", "-S", cleanup.__file__, str(self._id)]
             self._guardian = subprocess.Popen(guard, cwd="/", stdin=subprocess.DEVNULL, start_new_session=True)

@@ -16,7 +16,7 @@ from tests.rig.patience import limit
 
 from .screen import Screen
 
-_PATIENCE_S = 15.0
+_ANSWER_SECONDS = 15.0
 _POLL_S = 0.05
 
 
@@ -93,10 +93,10 @@ class Shell:
     def fetch(self, port: str) -> str:
         """Request / of a published port in the rig's network namespace, and show it. Returns the answer."""
         address = f"http://127.0.0.1:{port}/"
-        deadline = time.monotonic() + limit(_PATIENCE_S)
+        deadline = time.monotonic() + limit(_ANSWER_SECONDS)
         # A container that has just started may not listen yet.
         while self._rig.run("timeout", "2", "busybox", "wget", "-qO-", address, check=False).returncode:
-            expect(time.monotonic() < deadline, f"{address} to answer within {_PATIENCE_S:.0f} s")
+            expect(time.monotonic() < deadline, f"{address} to answer within {_ANSWER_SECONDS:.0f} s")
             time.sleep(_POLL_S)
         namespace = f"nsenter --target {self._rig.namespaces.pid} --net"
         return self.run(f"{namespace} busybox wget -qO- {address}").text
