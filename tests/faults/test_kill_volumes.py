@@ -18,6 +18,7 @@ from tests.calls import Caller
 from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
 from tests.engine.volume_containers import volume_container
 from tests.faults.daemon_killer import DaemonKiller, KillScenario
+from tests.faults.volume_pools import filesystem_size, mount_of
 from tests.rig import Rig
 from tests.vm.machine import FILESYSTEM_VARIABLE
 
@@ -109,7 +110,7 @@ def _delete_with_force(rig: Rig) -> KillScenario:
             await caller.create_volume("subject", _SIZE)
         for name in ("subject", "second"):
             if not (await caller.get(name)).spec.mounts:
-                await caller.update(name, mounts=[_mount()])
+                await caller.update(name, mounts=[mount_of("subject")])
             await caller.stop(name)
         await caller.delete_volume("subject", force=True)
 
@@ -127,7 +128,7 @@ def _delete_with_force(rig: Rig) -> KillScenario:
         for name in ("subject", "second"):
             container = await caller.get(name)
             assert not container.status.operation_id
-            assert container.spec.mounts == ([_mount()] if volume is not None else [])
+            assert container.spec.mounts == ([mount_of("subject")] if volume is not None else [])
             await caller.start(name)
         assert await caller.shell("subject", _SHOW_FILES.replace("/data", "/root")) == kept
 
@@ -150,7 +151,7 @@ def _adopt(rig: Rig) -> KillScenario:
     async def check(caller: Caller) -> None:
         if await _volume_or_none(caller) is not None:
             await _require_ready(caller, rig, _SIZE)
-            await caller.create("subject", mounts=[_mount()])
+            await caller.create("subject", mounts=[mount_of("subject")])
             assert await caller.shell("subject", _SHOW_FILES) == files
             await caller.delete("subject")
             await caller.delete_volume("subject")
@@ -159,14 +160,6 @@ def _adopt(rig: Rig) -> KillScenario:
             assert theirs.run("sh", "-c", _SHOW_FILES).stdout == files
 
     return KillScenario("ADOPT_VOLUME", adopt, check)
-
-
-def _mount() -> container_pb2.Mount:
-    return container_pb2.Mount(volume="subject", target="/data")
-
-
-async def _filesystem_size(caller: Caller) -> int:
-    return int((await caller.shell("subject", "df -P -k /data")).splitlines()[1].split()[1]) << 10
 
 
 def _resize_in_place(rig: Rig, *, step: int) -> KillScenario:
@@ -182,14 +175,14 @@ def _resize_in_place(rig: Rig, *, step: int) -> KillScenario:
             volume = None
         if volume is None:
             volume = await caller.create_volume("subject", 2 * _SIZE)
-            await caller.create("subject", mounts=[_mount()])
+            await caller.create("subject", mounts=[mount_of("subject")])
             await caller.shell("subject", _WRITE_FILES)
             files = await caller.shell("subject", _SHOW_FILES)
         await caller.resize_volume("subject", volume.size_bytes + step)
 
     async def check(caller: Caller) -> None:
         volume = await _require_ready(caller, rig, *sizes)
-        assert abs(await _filesystem_size(caller) - volume.size_bytes) < volume.size_bytes // 50
+        assert abs(await filesystem_size(caller, "subject") - volume.size_bytes) < volume.size_bytes // 50
         assert await caller.shell("subject", _SHOW_FILES) == files
 
     # Of the filesystems for loop devices, only btrfs can grow and shrink in place.
@@ -202,7 +195,7 @@ def _shrink_by_copy(rig: Rig) -> KillScenario:
     async def shrink(caller: Caller) -> None:
         nonlocal files
         await caller.create_volume("subject", _SIZE + 64 * _MIB)
-        await caller.create("subject", mounts=[_mount()])
+        await caller.create("subject", mounts=[mount_of("subject")])
         await caller.shell("subject", _WRITE_FILES)
         files = await caller.shell("subject", _SHOW_FILES)
         await caller.resize_volume("subject", _SIZE)
@@ -210,7 +203,7 @@ def _shrink_by_copy(rig: Rig) -> KillScenario:
     async def check(caller: Caller) -> None:
         volume = await _require_ready(caller, rig, _SIZE, _SIZE + 64 * _MIB)
         assert (await caller.get("subject")).status.state == container_pb2.CONTAINER_STATE_RUNNING
-        assert abs(await _filesystem_size(caller) - volume.size_bytes) < volume.size_bytes // 50
+        assert abs(await filesystem_size(caller, "subject") - volume.size_bytes) < volume.size_bytes // 50
         assert await caller.shell("subject", _SHOW_FILES) == files
         await caller.delete("subject")
         await caller.delete_volume("subject")

@@ -146,7 +146,7 @@ def main() -> None:
         importlib.import_module(name)
     if len(list(Path("/proc/self/task").iterdir())) != 1:
         raise RuntimeError("an import has started threads, which do not exist in a forked process")
-    # The imported objects are never freed: the garbage collector need not visit them, and their memory pages stay shared.
+    # The imported objects are never freed. Without garbage collection of them, their memory pages remain shared.
     gc.freeze()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     partial = path.with_suffix(".partial")
