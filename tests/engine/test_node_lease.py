@@ -1,4 +1,4 @@
-"""NodeLease: registration of a node by a running daemon, after a killed one, and by two daemons at once."""
+"""NodeLease: registration of a node by a running daemon, after a killed one, and by two daemons at the same time."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from tests.calls import Caller, failure
 from tests.engine.drift import KIND, REPAIRED, REPORTED, list_drift, state_of, wait_for_drift, wait_for_passes
 from tests.engine.isolated_daemons import FREQUENT_RECONCILE, IsolatedDaemons, daemons
 from tests.engine.store_loss import EmbeddedStoreDaemon, restorable_volume, store_daemon
+from tests.engine.volume_fixtures import mount
 from tests.rig import Rig
 
 __all__ = ["daemons", "store_daemon"]
@@ -23,11 +24,6 @@ MIB = 1 << 20
 VOLUME_SIZE = 320 * MIB
 LOOP = volume_pb2.VOLUME_BACKEND_LOOP
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
-
-
-def mount(volume: str, target: str = "/data") -> container_pb2.Mount:
-    """A mount of a volume."""
-    return container_pb2.Mount(volume=volume, target=target)
 
 
 def remove_engine_volume(rig: Rig, engine_volume: str) -> None:

@@ -22,6 +22,7 @@ from tests.calls import Caller, Failure, failure, failure_of
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
 from tests.engine.loop_devices import detach_loop_devices, loop_devices_below
 from tests.engine.volume_containers import volume_container
+from tests.engine.volume_fixtures import mount
 from tests.rig import GLIBC, Rig
 
 __all__ = ["daemons"]
@@ -40,11 +41,6 @@ WRITE_FILES = (
 READ_FILES = (
     "cd /data && find . -not -name lost+found | sort && md5sum deep/blob link && stat -c '%a %h %u %Y' deep/blob"
 )
-
-
-def mount(volume: str, target: str = "/data", *, read_only: bool = False) -> container_pb2.Mount:
-    """A mount of a volume."""
-    return container_pb2.Mount(volume=volume, target=target, read_only=read_only)
 
 
 async def df_size(caller: Caller, container: str) -> int:

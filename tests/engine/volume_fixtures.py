@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from gpudock.v1 import container_pb2
 from gpudock_server.adapters.docker import DockerEngine
 from gpudock_server.adapters.volumes import LoopBackend, ProjectQuotaBackend
 from gpudock_server.adapters.volumes.filesystems import FILESYSTEMS
@@ -55,6 +56,11 @@ def attached_images(folder: Path) -> list[str]:
 def new_uid() -> str:
     """A uid for a backing."""
     return str(uuid.uuid4())
+
+
+def mount(volume: str, target: str = "/data", *, read_only: bool = False) -> container_pb2.Mount:
+    """A mount of a volume of gpudock."""
+    return container_pb2.Mount(volume=volume, target=target, read_only=read_only)
 
 
 async def create_engine_volume(engine: DockerEngine, backing: VolumeBacking) -> str:
