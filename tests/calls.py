@@ -29,9 +29,10 @@ from gpudock.v1 import (
 )
 
 from tests.contract import COVERAGE, recording_channel
+from tests.rig.images import BUSYBOX
 from tests.rig.patience import limit
 
-IMAGE = "gpudock/busybox:test"
+IMAGE = BUSYBOX
 # Exits immediately on SIGTERM, unlike a bare sleep as PID 1.
 IDLE = ("sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 3600 & wait $!; done")
 

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 import pytest
 from gpudock_server.adapters.docker import DockerEngine
 
+from tests.calls import IMAGE
 from tests.contracts.engine_subject import EngineSubject
-from tests.engine.engine_examples import CUDA_LIKE, IMAGE
-from tests.rig import Rig
+from tests.rig import CUDA_LIKE, Rig
 from tests.rpc import fakes
 from tests.unit import model_engine
 from tests.unit.faults import Faults

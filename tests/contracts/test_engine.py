@@ -19,8 +19,9 @@ from gpudock_server.model.engine import (
 from gpudock_server.model.spec import RestartPolicy, RestartPolicyKind
 from gpudock_server.ports import Engine
 
+from tests.calls import IDLE
 from tests.contracts.engine_subject import EngineSubject
-from tests.engine.engine_examples import IDLE, engine_spec, inspect_container
+from tests.engine.engine_examples import engine_spec, inspect_container
 from tests.rig.patience import limit
 
 pytest_plugins = ["tests.contracts.engine_fixtures"]

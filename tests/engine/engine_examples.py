@@ -9,10 +9,7 @@ from gpudock_server.model.engine import EngineContainer, EngineContainerSpec
 from gpudock_server.model.spec import ContainerSpec
 from gpudock_server.ports import Engine
 
-IMAGE = "gpudock/busybox:test"
-CUDA_LIKE = "gpudock/cuda-like:test"
-# Exits immediately on SIGTERM, unlike a bare sleep as PID 1.
-IDLE = ("sh", "-c", "trap 'exit 0' TERM; while :; do sleep 3600 & wait $!; done")
+from tests.calls import IDLE, IMAGE
 
 
 async def engine_spec(

@@ -12,12 +12,11 @@ from gpudock.v1 import container_pb2, container_service_pb2, operation_pb2, oper
 
 from tests.calls import IDLE, IMAGE, Caller, failure, progress_of, result_of
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons
-from tests.rig import Rig
+from tests.rig import CUDA_LIKE, Rig
 from tests.rig.patience import limit
 
 __all__ = ["daemons"]
 
-CUDA_LIKE = "gpudock/cuda-like:test"
 NAME = "gpudock/committed:test"
 REPOSITORY, TAG = NAME.split(":")
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING

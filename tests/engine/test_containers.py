@@ -11,7 +11,7 @@ import pytest
 from gpudock.v1 import container_pb2, container_service_pb2, operation_service_pb2
 
 from tests.calls import IMAGE, Caller, failure, failure_of, progress_of, result_of, scale_request
-from tests.rig import HttpStatusError, Rig
+from tests.rig import CUDA_LIKE, HttpStatusError, Rig
 from tests.rig.patience import limit
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
@@ -166,7 +166,7 @@ async def test_a_change_of_shm_replaces_the_engine_container_and_keeps_files(cal
 
 
 async def test_an_anonymous_volume_is_kept_by_a_scale_and_deleted_with_the_container(caller: Caller, rig: Rig) -> None:
-    await caller.create("declared", 1, image="gpudock/cuda-like:test")
+    await caller.create("declared", 1, image=CUDA_LIKE)
     await caller.shell("declared", "echo mine > /data/file")
     await caller.scale("declared", 2)
     assert await caller.shell("declared", "cat /data/file") == "mine\n"
@@ -176,7 +176,7 @@ async def test_an_anonymous_volume_is_kept_by_a_scale_and_deleted_with_the_conta
 
 @pytest.mark.parametrize("gpus", [0, 1])
 async def test_a_container_cannot_use_gpus_that_it_did_not_claim(caller: Caller, gpus: int) -> None:
-    await caller.create("box", gpus, image="gpudock/cuda-like:test", env={"NVIDIA_VISIBLE_DEVICES": "all"})
+    await caller.create("box", gpus, image=CUDA_LIKE, env={"NVIDIA_VISIBLE_DEVICES": "all"})
     assert await gpu_device_count(caller, "box") == gpus
     mknod = await caller.run("box", "mknod", "/dev/nvidia7", "c", "195", "7")
     assert mknod.code != 0

@@ -39,8 +39,8 @@ from tests.engine.docker_fixtures import (
     labels_without_spec,
     run_shell,
 )
-from tests.engine.engine_examples import CUDA_LIKE, engine_spec, inspect_container, start_container
-from tests.rig import EngineProxy, Rig
+from tests.engine.engine_examples import engine_spec, inspect_container, start_container
+from tests.rig import CUDA_LIKE, EngineProxy, Rig
 from tests.rig.patience import limit
 
 __all__ = ["direct_engine", "engine"]

@@ -16,13 +16,14 @@ from gpudock_server.errors import (
     StartFailed,
 )
 
+from tests.calls import IMAGE
 from tests.engine.docker_fixtures import (
     connect_engine,
     connections_in_use,
     direct_engine,
     engine,
 )
-from tests.engine.engine_examples import IMAGE, engine_spec
+from tests.engine.engine_examples import engine_spec
 from tests.rig import EngineProxy
 from tests.rig.patience import limit
 

@@ -15,14 +15,15 @@ from gpudock_server.model.engine import (
     RegistryAuth,
 )
 
+from tests.calls import IDLE, IMAGE
 from tests.engine.docker_fixtures import (
     engine,
     labels_without_spec,
     run_shell,
 )
 from tests.engine.docker_registry import LAYER_BYTES, SECRET, USER, registry
-from tests.engine.engine_examples import CUDA_LIKE, IDLE, IMAGE, engine_spec, start_container
-from tests.rig import Rig
+from tests.engine.engine_examples import engine_spec, start_container
+from tests.rig import CUDA_LIKE, Rig
 
 __all__ = ["engine"]
 

@@ -12,9 +12,9 @@ from gpudock_server.adapters.docker import DockerEngine
 from gpudock_server.errors import DiskFull, EngineRejected, LayerCarryFailed
 from gpudock_server.model.engine import EngineImage
 
+from tests.calls import IMAGE
 from tests.engine.docker_fixtures import connect_engine, engine, run_shell
 from tests.engine.engine_api import create_container, run_in_container, start_container
-from tests.engine.engine_examples import IMAGE
 from tests.engine.sample_trees import TreeEntry, create_tree_command, image_files, read_tree, tree_differences
 from tests.rig import EngineProxy, Rig
 from tests.rig.images import GLIBC
