@@ -40,13 +40,13 @@ from pathlib import Path
 from gpudock_server.adapters.volumes import LoopBackend
 from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 
-async def main(what, root, uid):
+async def main(operation, root, uid):
     loop = LoopBackend(Path(root), local=True)
     print("begun", flush=True)
-    if what == "create":
+    if operation == "create":
         return await loop.create(uid, "data", {size})
     backing = BackingFolder(Path(root), uid).read()
-    return await (loop.destroy(backing) if what == "destroy" else loop.grow(backing, 2 * {size}))
+    return await (loop.destroy(backing) if operation == "destroy" else loop.grow(backing, 2 * {size}))
 
 asyncio.run(main(*sys.argv[1:]))
 """
@@ -97,25 +97,31 @@ async def test_the_unfinished_image_of_a_killed_mkfs_is_replaced(root: Path) -> 
     await loop.destroy(backing)
 
 
+_OPEN_SCRIPT = """
+import asyncio, sys
+from pathlib import Path
+from gpudock_server.adapters.volumes import LoopBackend
+from gpudock_server.adapters.volumes.backing_folder import BackingFolder
+
+async def main(root, uid):
+    loop = LoopBackend(Path(root), local=True)
+    async with loop.open_files(BackingFolder(Path(root), uid).read()):
+        print("opened", flush=True)
+        await asyncio.sleep(1000)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
 @pytest.mark.deep
 async def test_kill_9_of_a_process_closes_the_volume_that_it_opened(root: Path) -> None:
     loop = LoopBackend(root, local=True)
     backing = await loop.create(new_uid(), "data", VOLUME_SIZE)
-    script = (
-        "import asyncio, sys\nfrom pathlib import Path\nfrom gpudock_server.adapters.volumes import LoopBackend\n"
-        "from gpudock_server.adapters.volumes.backing_folder import BackingFolder\n"
-        "async def main(root, uid):\n"
-        "    loop = LoopBackend(Path(root), local=True)\n"
-        "    async with loop.open_files(BackingFolder(Path(root), uid).read()) as folder:\n"
-        "        print('begun', flush=True)\n"
-        "        await asyncio.sleep(1000)\n"
-        "asyncio.run(main(*sys.argv[1:]))\n"
-    )
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", script, str(root), backing.uid, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", _OPEN_SCRIPT, str(root), backing.uid, stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
-    assert await process.stdout.readline() == b"begun\n"
+    assert await process.stdout.readline() == b"opened\n"
     with pytest.raises(VolumeInUse):
         await loop.destroy(backing)
     process.kill()
@@ -130,18 +136,18 @@ from gpudock_server.adapters.volumes import LoopBackend
 from gpudock_server.adapters.volumes.backing_folder import BackingFolder
 from gpudock_server.errors import VolumeInUse
 
-async def main(root, open_files, other, point):
+async def main(root, opened_uid, mounted_uid, mount_point):
     loop = LoopBackend(Path(root), local=True)
-    first, second = (BackingFolder(Path(root), uid).read() for uid in (open_files, other))
-    subprocess.run(["mount", Path(second.folder, "device"), point], check=True)
-    async with loop.open_files(first):
+    opened, mounted = (BackingFolder(Path(root), uid).read() for uid in (opened_uid, mounted_uid))
+    subprocess.run(["mount", Path(mounted.folder, "device"), mount_point], check=True)
+    async with loop.open_files(opened):
         try:
-            await loop.destroy(second)
+            await loop.destroy(mounted)
         except VolumeInUse:
             print("in use", flush=True)
-        subprocess.run(["umount", point], check=True)
-        await loop.destroy(second)
-        print("gone", flush=True)
+        subprocess.run(["umount", mount_point], check=True)
+        await loop.destroy(mounted)
+        print("destroyed", flush=True)
 
 asyncio.run(main(*sys.argv[1:]))
 """
@@ -150,17 +156,16 @@ asyncio.run(main(*sys.argv[1:]))
 @pytest.mark.deep
 async def test_an_opened_volume_does_not_keep_another_in_use(rig: Rig, root: Path) -> None:
     loop = LoopBackend(root, local=True)
-    open_files, other = [await loop.create(new_uid(), name, VOLUME_SIZE) for name in ("opened", "other")]
-    point = rig.folder / "a folder\twith odd characters"
-    point.mkdir()
+    opened, mounted = [await loop.create(new_uid(), name, VOLUME_SIZE) for name in ("opened", "mounted")]
+    mount_point = rig.folder / "a folder\twith special characters"
+    mount_point.mkdir()
     # In another mount namespace: a namespace that another test makes meanwhile would get a copy of the mount.
     command = ["unshare", "--mount", "--propagation", "private", "--", sys.executable, "-c", _DESTROY_OTHER_SCRIPT]
-    done = subprocess.run(
-        [*command, str(root), open_files.uid, other.uid, str(point)], check=False, capture_output=True, text=True
-    )
-    assert (done.stdout, done.returncode) == ("in use\ngone\n", 0), done.stderr
-    await loop.destroy(open_files)
-    point.rmdir()
+    arguments = [str(root), opened.uid, mounted.uid, str(mount_point)]
+    process = subprocess.run([*command, *arguments], check=False, capture_output=True, text=True)
+    assert (process.stdout, process.returncode) == ("in use\ndestroyed\n", 0), process.stderr
+    await loop.destroy(opened)
+    mount_point.rmdir()
 
 
 async def test_a_create_on_a_full_disk_fails_and_can_be_destroyed(root: Path) -> None:
