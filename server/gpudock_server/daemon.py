@@ -230,7 +230,7 @@ class Daemon:
         try:
             await shutdown.run_until_requested(background)
         except Exception:
-            # The background tasks handle all expected errors, so this one is a defect; calls must not go on without
+            # The background tasks handle all expected errors, so this one is a defect; calls must not continue without
             # reconcile and health.
             log.exception("background task failed; stopping")
             shutdown.fail()

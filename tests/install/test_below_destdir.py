@@ -79,7 +79,7 @@ def _state(path: Path) -> tuple[object, ...]:
     content = str(path.readlink()) if path.is_symlink() else None
     if content is None and path.is_file():
         content = hashlib.sha256(path.read_bytes()).hexdigest()
-    # A folder changes, for a moment, when an installation is prepared beside the one in use.
+    # A folder changes, for a moment, when an installation is prepared next to the one in use.
     return stat.st_mode, stat.st_uid, None if path.is_dir() else stat.st_mtime_ns, content
 
 

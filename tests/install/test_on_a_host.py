@@ -67,7 +67,7 @@ def test_the_commands_of_the_readme(host: Host, rig: Rig) -> None:
     host.run("mv /run/away /run/systemd; mv /usr/bin/away /usr/bin/systemctl")
     assert _calls(host) == []
 
-    # systemctl would have ended it; the engine goes on with the container.
+    # systemctl would have ended it; the engine keeps the container.
     assert daemon.stop() == 0
     said = host.run(uninstall)
     assert _calls(host) == [

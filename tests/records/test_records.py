@@ -206,7 +206,7 @@ def test_arguments_and_results_of_steps_are_read(recording: Recording) -> None:
     assert facts == _STEP_RESULTS.keys()
 
 
-async def test_files_beside_the_store_are_read(recording: Recording, tmp_path: Path) -> None:
+async def test_files_next_to_the_store_are_read(recording: Recording, tmp_path: Path) -> None:
     assert [record for record in await _on_disk(recording, tmp_path) if record is None] == []
 
 

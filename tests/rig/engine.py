@@ -1,4 +1,4 @@
-"""A private dockerd with its own data, sockets, control group, network and mounts, beside the engine of the host."""
+"""A private dockerd with its own data, sockets, control group, network and mounts, apart from the host's engine."""
 
 import contextlib
 import os

@@ -162,7 +162,7 @@ class FakeGpus:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        # Beside the folder and not in it, because the double watches the folder.
+        # Next to the folder and not in it, because the double watches the folder.
         with self.path.parent.with_name(self.path.parent.name + ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

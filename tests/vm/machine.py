@@ -232,7 +232,7 @@ def _disk(name: str, image: Path) -> list[str]:
 
 
 def _follow(process: Process, output: Callable[[str], object], deadline: float) -> bool:
-    """Pass on the file `output` beside the log of the process, until the process ends; False after the deadline."""
+    """Pass on the file `output` in the folder of the log, until the process ends; False after the deadline."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     with (process.log.parent / "output").open("rb") as file:
         while True:

@@ -1,4 +1,4 @@
-"""Revision backups: copies of the history of containers on disk, beside their snapshots."""
+"""Revision backups: copies of the history of containers on disk, next to their snapshots."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class VolumeBacking(Record):
 class VolumeIdentity(Record):
     """The immutable fields of a volume's record that its backing does not have.
 
-    Stored beside the files (`volume.json`) and on the engine volume (LABEL_VOLUME), so that a record that the store
+    Stored next to the files (`volume.json`) and on the engine volume (LABEL_VOLUME), so that a record that the store
     lost can be rebuilt. `node` is empty and `create_time` is None if an older version wrote it.
     """
 
@@ -105,7 +105,7 @@ class Volume(Record):
 
     @property
     def identity(self) -> VolumeIdentity:
-        """Return the fields that are stored beside the files."""
+        """Return the fields that are stored next to the files."""
         return VolumeIdentity(node=self.node, owner=self.owner, labels=self.labels, create_time=self.create_time)
 
     @property

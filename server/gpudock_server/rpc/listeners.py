@@ -57,7 +57,7 @@ def listen(server: grpc.aio.Server, settings: Settings) -> Listeners:
 
 @contextmanager
 def _socket_lock(path: Path) -> Iterator[None]:
-    """Hold the lock file beside the socket. It is never removed: two daemons could then lock two files of that name."""
+    """Hold the lock file of the socket. It is never removed: two daemons could then lock two files of that name."""
     lock = path.with_name(f"{path.name}.lock")
     try:
         path.parent.mkdir(mode=0o755, exist_ok=True)

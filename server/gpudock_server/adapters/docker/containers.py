@@ -357,7 +357,7 @@ class ContainerCalls:
 async def _finish_creation(creation: Coroutine[Any, Any, str]) -> str:
     """Run `creation` and return the container's id.
 
-    The engine goes on with a creation whose caller has disconnected. So a cancelled caller waits
+    The engine continues a creation whose caller has disconnected. So a cancelled caller waits
     `_CREATE_GRACE_SECONDS` for the end, and the undo that follows finds the container.
     """
     task = asyncio.ensure_future(creation)

@@ -111,7 +111,7 @@ class DockerExecSession:
             await self._stream.send(data)
 
     async def close_stdin(self) -> None:
-        """Close the stdin; output goes on. Does nothing for a process without stdin.
+        """Close the stdin; output continues. Does nothing for a process without stdin.
 
         The stdin of a terminal cannot be closed: it gets Ctrl-D. Raises EngineRejected over TLS (no half-close).
         """

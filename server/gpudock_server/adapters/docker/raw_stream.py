@@ -55,7 +55,7 @@ class RawStream(Protocol):
         ...
 
     async def end(self) -> bool:
-        """Close the sending direction while receiving goes on. False if the connection cannot do that."""
+        """Close the sending direction while receiving continues. False if the connection cannot do that."""
         ...
 
     def close(self) -> None:

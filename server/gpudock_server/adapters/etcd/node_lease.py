@@ -84,7 +84,7 @@ class NodeLease:
         self._heartbeat: asyncio.Task[None] | None = None
 
     async def register(self) -> None:
-        """Register the node; if the store is full, go on trying in the background: see `registered`.
+        """Register the node; if the store is full, keep trying in the background: see `registered`.
 
         Raises NodeTaken after waiting for the time to live of a lease, StoreUnavailable.
         """

@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 class ChangeMethod(StrEnum):
     """How a container is changed.
 
-    IN_PLACE: its process, if it has one, goes on. RESTART: its engine container is stopped, if it runs, and started.
+    IN_PLACE: its process, if it has one, continues. RESTART: its engine container is stopped, if it runs, and started.
     REPLACE: a new engine container, the successor, takes the place of the old one.
     """
 

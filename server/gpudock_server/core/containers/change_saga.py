@@ -114,7 +114,7 @@ class ChangeSaga(Saga[ContainerView]):
                 return self._replace()
 
     def _in_place(self) -> tuple[Step, ...]:
-        """The process goes on: keep the files, frozen for their last changes, and set the limits."""
+        """The process continues: keep the files, frozen for their last changes, and set the limits."""
         keep, still = self._keep, self._keep_while_stopped()
         limits = Step(
             "limits", partial(self._set_limits, self._plan.spec), partial(self._set_limits, self._plan.old_spec)

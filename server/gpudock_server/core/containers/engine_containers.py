@@ -178,7 +178,7 @@ class EngineContainers:
     async def stop(self, engine_id: str, spec: ContainerSpec, timeout: float | None, *, frozen: bool) -> None:
         """Stop an engine container. SIGKILL follows after `timeout` seconds, else the spec's, else the daemon's.
 
-        A cancelled call still waits until the container stopped: the engine goes on stopping it, and would kill the
+        A cancelled call still waits until the container stopped: the engine continues to stop it, and would kill the
         process of an earlier start.
         """
         if frozen:

@@ -265,7 +265,7 @@ class VolumeReconciler:
         )
 
     async def _record(self, volume: Volume) -> bool:
-        """Write a record; False where a volume of that name has one by now."""
+        """Write a record; False if a volume of that name has one already."""
         # Where only the record was lost, its history still exists.
         history: tuple[VolumeRevision, ...] = (
             await read_all_pages(partial(self._store.volume_revisions, volume.uid))
