@@ -1,4 +1,4 @@
-"""What the tests of the store port share: reading a watch, and writing heads."""
+"""Helpers for tests of the store port: reading a watch, and writing records of containers."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from tests.engine.etcd_examples import container
 from tests.rig.patience import limit
 
 SOON = 10.0
-"""Seconds within which a watch shows what has happened; a busy machine needs some of them."""
+"""The limit in seconds until a watch sends a change, on an idle machine."""
 
 Forget = Callable[[], Awaitable[None]]
-"""Makes a store forget its past: all tokens given out before have expired."""
+"""Discards the history of a store, so that all earlier tokens have expired."""
 
 
 class Reader:
-    """Reads a watch. `told` gives each change as (before, after), each with its operation; checkpoints are left out."""
+    """Reads a watch."""
 
     def __init__(self, watch: AsyncGenerator[StoreEvent[ContainerView], None]) -> None:
         self.watch = watch
         self.token = ""
 
-    async def seen(self) -> StoreEvent[ContainerView]:
+    async def next_event(self) -> StoreEvent[ContainerView]:
         """The next event."""
         async with asyncio.timeout(limit(SOON)):
-            seen = await anext(self.watch)
-        self.token = seen.token
-        return seen
+            event = await anext(self.watch)
+        self.token = event.token
+        return event
 
-    async def told(self, count: int) -> list[tuple[str, str]]:
-        """The next changes of containers."""
-        told: list[tuple[str, str]] = []
-        while len(told) < count:
-            seen = await self.seen()
-            if seen.before or seen.after:
-                told.append((text(seen.before), text(seen.after)))
-        return told
+    async def next_changes(self, count: int) -> list[tuple[str, str]]:
+        """The next changes of containers as (before, after), each as `text` returns it; checkpoints are skipped."""
+        changes: list[tuple[str, str]] = []
+        while len(changes) < count:
+            event = await self.next_event()
+            if event.before or event.after:
+                changes.append((text(event.before), text(event.after)))
+        return changes
 
 
 def text(view: ContainerView | None) -> str:

@@ -46,46 +46,46 @@ async def test_a_clone_has_the_spec_and_the_files_and_is_independent(caller: Cal
     await caller.shell("origin", WRITE_FILES)
     files = await _files(caller, "origin")
     process = await caller.shell("origin", "cut -d' ' -f22 /proc/1/stat")
-    progress = await progress_of(caller.containers.CloneContainer(clone_request("origin", "twin")))
+    progress = await progress_of(caller.containers.CloneContainer(clone_request("origin", "clone")))
     assert progress.stages == ["create", "gather", "complete", "start", "commit"]
-    twin = progress.result
-    assert twin is not None
-    assert (twin.spec, twin.revision, twin.owner) == (origin.spec, 1, origin.owner)
-    assert twin.uid != origin.uid
-    assert not set(twin.status.gpu_uuids) & set(origin.status.gpu_uuids)
-    assert twin.status.ports[0].host_port != origin.status.ports[0].host_port
-    assert await caller.shell("twin", "hostname; echo $A") == "twin\n1\n"
-    await require_consistent(caller, rig, "twin", files)
+    clone = progress.result
+    assert clone is not None
+    assert (clone.spec, clone.revision, clone.owner) == (origin.spec, 1, origin.owner)
+    assert clone.uid != origin.uid
+    assert not set(clone.status.gpu_uuids) & set(origin.status.gpu_uuids)
+    assert clone.status.ports[0].host_port != origin.status.ports[0].host_port
+    assert await caller.shell("clone", "hostname; echo $A") == "clone\n1\n"
+    await require_consistent(caller, rig, "clone", files)
     await require_consistent(caller, rig, "origin", files)
     assert await caller.shell("origin", "cut -d' ' -f22 /proc/1/stat") == process, "the source was restarted"
-    (revision,) = await caller.revisions("twin")
+    (revision,) = await caller.revisions("clone")
     assert revision.cause == container_revision_pb2.REVISION_CAUSE_CLONED
     assert (await caller.get("origin")).etag == origin.etag
 
     await caller.shell("origin", "echo origin > /work/file")
-    await caller.shell("twin", "rm -r /work/deep")
-    assert await caller.shell("twin", "cat /work/file") == "kept\n"
+    await caller.shell("clone", "rm -r /work/deep")
+    assert await caller.shell("clone", "cat /work/file") == "kept\n"
     assert await caller.shell("origin", "ls /work/deep") == "data\n"
     await caller.delete("origin")
-    await caller.scale("twin", 1)
-    await caller.rollback("twin", 1)
-    assert await caller.shell("twin", "cat /work/file") == "kept\n"
-    await require_consistent(caller, rig, "twin")
+    await caller.scale("clone", 1)
+    await caller.rollback("clone", 1)
+    assert await caller.shell("clone", "cat /work/file") == "kept\n"
+    await require_consistent(caller, rig, "clone")
 
 
 async def test_a_clone_differs_in_the_fields_of_the_request(caller: Caller, rig: Rig) -> None:
     pinned = container_pb2.PortRequest(container_port=80, host_port=25_123)
     origin = await caller.create("origin", 2, ports=[pinned], env={"A": "1", "B": "1"})
-    error = await failure(caller.clone("origin", "twin"))
+    error = await failure(caller.clone("origin", "clone"))
     assert error.reason == "PORT_IN_USE"
     claimed = container_pb2.GpuRequest(uuids=origin.status.gpu_uuids[:1])
-    assert (await failure(caller.clone("origin", "twin", "gpus,ports", gpus=claimed))).reason == "GPU_BUSY"
-    await require_absent(caller, rig, "twin")
+    assert (await failure(caller.clone("origin", "clone", "gpus,ports", gpus=claimed))).reason == "GPU_BUSY"
+    await require_absent(caller, rig, "clone")
     gpus = container_pb2.GpuRequest(count=3)
-    twin = await caller.clone("origin", "twin", gpus=gpus, ports=[_PORT], env={"A": "2"}, owner="me")
-    assert (twin.spec.gpus.count, dict(twin.spec.env), twin.owner) == (3, {"A": "2"}, "me")
-    assert twin.spec.image == IMAGE
-    await require_consistent(caller, rig, "twin")
+    clone = await caller.clone("origin", "clone", gpus=gpus, ports=[_PORT], env={"A": "2"}, owner="me")
+    assert (clone.spec.gpus.count, dict(clone.spec.env), clone.owner) == (3, {"A": "2"}, "me")
+    assert clone.spec.image == IMAGE
+    await require_consistent(caller, rig, "clone")
     # A field in the mask without a value is cleared.
     cleared = await caller.clone("origin", "cleared", "gpus,ports,env")
     assert not cleared.status.gpu_uuids
@@ -104,9 +104,9 @@ async def test_a_revision_is_cloned_with_its_files(caller: Caller, rig: Rig) -> 
     await caller.update("origin", env={"A": "2"})
     await caller.shell("origin", "rm -r /work")
     await caller.update("origin", env={"A": "3"}, snapshots=_NEVER)
-    twin = await caller.clone("origin", "twin", revision=1)
-    assert (dict(twin.spec.env), twin.revision) == ({"A": "1"}, 1)
-    await require_consistent(caller, rig, "twin", first)
+    clone = await caller.clone("origin", "clone", revision=1)
+    assert (dict(clone.spec.env), clone.revision) == ({"A": "1"}, 1)
+    await require_consistent(caller, rig, "clone", first)
     assert (await failure(caller.clone("origin", "other", revision=2))).reason == "SNAPSHOT_NOT_FOUND"
     error = await failure(caller.clone("origin", "other", revision=9))
     assert (error.reason, error.metadata["container"]) == ("REVISION_NOT_FOUND", "origin")
@@ -114,7 +114,7 @@ async def test_a_revision_is_cloned_with_its_files(caller: Caller, rig: Rig) -> 
     assert dict(current.spec.env) == {"A": "3"}
     assert await caller.shell("current", "ls -d /work 2>/dev/null || echo gone") == "gone\n"
     await caller.delete("origin")
-    await require_consistent(caller, rig, "twin", first)
+    await require_consistent(caller, rig, "clone", first)
 
 
 @pytest.mark.deep
@@ -140,10 +140,10 @@ async def test_a_clone_has_the_files_of_one_moment_while_the_source_writes(rig: 
     try:
         async with Caller(daemon.target) as caller:
             await caller.create("origin", 1, command=("sh", "-c", _WRITER))
-            await caller.clone("origin", "twin", command=("sleep", "infinity"))
-            log = (await caller.shell("twin", "cat /busy/log")).split()
+            await caller.clone("origin", "clone", command=("sleep", "infinity"))
+            log = (await caller.shell("clone", "cat /busy/log")).split()
             assert log == [str(number) for number in range(1, len(log) + 1)], "the log has a gap"
-            last = sorted(int(number) for number in (await caller.shell("twin", "cat /busy/[0-9]*")).split())
+            last = sorted(int(number) for number in (await caller.shell("clone", "cat /busy/[0-9]*")).split())
             assert last[-1] in (len(log), len(log) - 1)
             assert last == list(range(last[0], last[0] + len(last)))
             before = int(await caller.shell("origin", "wc -l < /busy/log"))
@@ -163,8 +163,8 @@ async def test_a_clone_has_all_metadata_of_the_files(caller: Caller, rig: Rig) -
     assert (await caller.run("origin", *create_tree_command(files=2000))).code == 0
     await caller.restart("origin")
     expected = await _inside(caller, rig, "origin")
-    await caller.clone("origin", "twin")
-    assert tree_differences(expected, await _inside(caller, rig, "twin")) == ""
+    await caller.clone("origin", "clone")
+    assert tree_differences(expected, await _inside(caller, rig, "clone")) == ""
     await caller.update("origin", env={"A": "1"})
     await caller.clone("origin", "older", revision=1)
     assert tree_differences(expected, await _inside(caller, rig, "older")) == ""
@@ -226,7 +226,7 @@ async def test_concurrent_clones_of_one_source_or_name_succeed_or_are_refused(ca
 async def test_a_cancelled_clone_leaves_nothing(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 1, image=GLIBC)
     await caller.shell("origin", "dd if=/dev/urandom of=/big bs=1M count=200 2>/dev/null")
-    stream = caller.containers.CloneContainer(clone_request("origin", "twin"))
+    stream = caller.containers.CloneContainer(clone_request("origin", "clone"))
     async for response in stream:
         if response.operation.stage == "gather":
             await caller.operations.CancelOperation(
@@ -235,7 +235,7 @@ async def test_a_cancelled_clone_leaves_nothing(caller: Caller, rig: Rig) -> Non
             break
     error = await failure(progress_of(stream))
     assert error.reason == "OPERATION_CANCELLED"
-    await require_absent(caller, rig, "twin")
+    await require_absent(caller, rig, "clone")
     await require_consistent(caller, rig, "origin")
     assert await caller.free_gpus() == 7
 
@@ -244,15 +244,15 @@ async def test_a_cancelled_clone_leaves_nothing(caller: Caller, rig: Rig) -> Non
 async def test_anonymous_volumes_are_not_cloned_and_the_plan_warns(caller: Caller, rig: Rig) -> None:
     await caller.create("origin", 0, image=CUDA_LIKE)
     await caller.shell("origin", "echo mine > /data/mine")
-    request = clone_request("origin", "twin", validate_only=True)
+    request = clone_request("origin", "clone", validate_only=True)
     plan = (await progress_of(caller.containers.CloneContainer(request))).snapshots[-1].plan
     assert any("/data" in warning for warning in plan.warnings)
-    await require_absent(caller, rig, "twin")
-    await caller.clone("origin", "twin")
-    assert await caller.shell("twin", "ls /data") == "from-image\n"
+    await require_absent(caller, rig, "clone")
+    await caller.clone("origin", "clone")
+    assert await caller.shell("clone", "ls /data") == "from-image\n"
     assert await caller.shell("origin", "ls /data") == "from-image\nmine\n"
     before = {volume["Name"] for volume in rig.engine.call("GET", "/volumes")["Volumes"]}
-    await caller.delete("twin")
+    await caller.delete("clone")
     after = {volume["Name"] for volume in rig.engine.call("GET", "/volumes")["Volumes"]}
     assert len(before - after) == 1
     assert await caller.shell("origin", "cat /data/mine") == "mine\n"
@@ -268,15 +268,15 @@ async def test_a_revision_of_a_source_without_its_engine_container_can_be_cloned
     async with asyncio.timeout(limit(10)):
         while (await caller.get("origin")).status.state != container_pb2.CONTAINER_STATE_FAILED:
             await asyncio.sleep(0.05)
-    assert (await failure(caller.clone("origin", "twin"))).reason == "CONTAINER_GONE"
-    await caller.clone("origin", "twin", revision=1)
-    assert await _files(caller, "twin") == files
+    assert (await failure(caller.clone("origin", "clone"))).reason == "CONTAINER_GONE"
+    await caller.clone("origin", "clone", revision=1)
+    assert await _files(caller, "clone") == files
 
 
 async def test_the_plan_of_a_clone_has_the_bytes_to_copy(caller: Caller) -> None:
     await caller.create("origin", 0, image=GLIBC)
     await caller.shell("origin", "dd if=/dev/zero of=/blocks bs=1M count=64 2>/dev/null")
-    request = clone_request("origin", "twin", validate_only=True)
+    request = clone_request("origin", "clone", validate_only=True)
     plan = (await progress_of(caller.containers.CloneContainer(request))).snapshots[-1].plan
     assert plan.bytes_to_move == 0 or 64 << 20 <= plan.bytes_to_move <= plan.bytes_available
 
@@ -284,7 +284,7 @@ async def test_the_plan_of_a_clone_has_the_bytes_to_copy(caller: Caller) -> None
 async def test_a_clone_cannot_have_another_image(caller: Caller) -> None:
     await caller.create("origin", 0)
     for mask in ("", "image", "env,image"):
-        error = await failure(caller.clone("origin", "twin", mask, image=GLIBC))
+        error = await failure(caller.clone("origin", "clone", mask, image=GLIBC))
         assert error.reason == "INVALID_ARGUMENT"
     error = await failure(caller.clone("Origin", "Twin", owner="!", revision=-1))
     assert set(error.violations) == {"name", "source", "owner", "revision"}

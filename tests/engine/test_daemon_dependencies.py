@@ -25,7 +25,7 @@ EXITED = container_pb2.CONTAINER_STATE_EXITED
 SERVICES = ("", "gpudock.v1.ContainerService", "gpudock.v1.NodeService", "gpudock.v1.OperationService")
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-NOBODY = 65534
+OTHER_USER = 65534
 
 
 def etcd_pid(daemon: Daemon) -> int:
@@ -77,8 +77,8 @@ async def test_an_embedded_etcd_is_private_restarted_and_keeps_its_records(daemo
 
 def _require_unreachable_for_other_users(path: Path) -> None:
     connect = f"import socket; socket.socket(socket.AF_UNIX).connect({str(path)!r})"
-    as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "/usr/bin/python3", "-c"]
-    attempt = subprocess.run([*as_nobody, connect], check=False, capture_output=True, text=True)
+    setpriv = ["setpriv", f"--reuid={OTHER_USER}", f"--regid={OTHER_USER}", "--clear-groups"]
+    attempt = subprocess.run([*setpriv, "/usr/bin/python3", "-c", connect], check=False, capture_output=True, text=True)
     assert "PermissionError" in attempt.stderr, attempt
     assert subprocess.run(["/usr/bin/python3", "-c", connect], check=False).returncode == 0, "root cannot connect"
 

@@ -171,7 +171,7 @@ async def test_after_kill_9_the_next_daemon_does_not_wait_for_the_lease(daemons:
     node = await _node_created_at(daemons)
     await asyncio.to_thread(daemon.kill9)
     daemon = await daemons.start(after=daemon)
-    # The key was replaced: a daemon that waits until the lease of the first expires would create the key anew.
+    # The key was replaced: a daemon that waits until the lease of the first expires would create the key again.
     assert await _node_created_at(daemons) == node
     async with Caller(daemon.target) as caller:
         assert await caller.get("kept") == before

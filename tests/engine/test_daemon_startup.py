@@ -21,7 +21,7 @@ from tests.rig import Rig
 __all__ = ["daemons"]
 
 RUNNING = container_pb2.CONTAINER_STATE_RUNNING
-NOBODY = 65534
+OTHER_USER = 65534
 
 
 async def test_a_daemon_without_an_engine_does_not_start(daemons: IsolatedDaemons) -> None:
@@ -38,7 +38,7 @@ async def test_a_daemon_that_may_not_open_the_socket_of_the_engine_does_not_star
         listener.bind(str(path))
         listener.listen()
         path.chmod(0o600)
-        os.chown(path, NOBODY, NOBODY)
+        os.chown(path, OTHER_USER, OTHER_USER)
         message = await daemons.startup_error(module="tests.engine.without_dac_override", docker_host=f"unix://{path}")
     assert f"cannot use the Docker Engine at unix://{path}" in message
     assert "ermission denied" in message
@@ -78,9 +78,9 @@ async def test_a_state_folder_that_cannot_be_created_is_refused(daemons: Isolate
 async def test_a_state_folder_of_another_user_is_refused(daemons: IsolatedDaemons, tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
-    os.chown(state, NOBODY, NOBODY)
+    os.chown(state, OTHER_USER, OTHER_USER)
     message = await daemons.startup_error(state_dir=state)
-    assert f"state_dir {state} is owned by uid {NOBODY}" in message
+    assert f"state_dir {state} is owned by uid {OTHER_USER}" in message
     assert f"chown root {state}" in message
 
 

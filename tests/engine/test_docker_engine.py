@@ -151,7 +151,7 @@ async def test_a_reused_anonymous_volume_is_not_filled_from_the_image(engine: Do
     ("options", "message"),
     [
         ({"command": ("/nope",)}, "no such file"),
-        ({"command": ("true",), "user": "ghost"}, "ghost"),
+        ({"command": ("true",), "user": "absent"}, "absent"),
         ({"gpus": ("GPU-unknown",)}, "GPU-unknown"),
     ],
 )

@@ -48,7 +48,7 @@ async def test_the_token_of_an_idle_watch_advances(connection: EtcdConnection, p
     idle = EtcdStore(connection, prefix=prefix, idle=IDLE)
     version = await put(store, "a", 1)
     async with watching(idle, listing=False) as reader, watching(idle, listing=False) as other:
-        tokens = {(await reader.seen()).token for _ in range(4)}
+        tokens = {(await reader.next_event()).token for _ in range(4)}
         assert len(tokens) == 4, "a token was repeated"
         await read_events(other, 1)
         before = await count_idle_puts(connection, prefix)
@@ -58,7 +58,7 @@ async def test_the_token_of_an_idle_watch_advances(connection: EtcdConnection, p
         await compact(connection)
         await put(store, "a", 2)
         async with watching(idle, reader.token) as resumed:
-            assert await resumed.told(1) == [("a.1", "a.2")], "the token is older than the compaction"
+            assert await resumed.next_changes(1) == [("a.1", "a.2")], "the token is older than the compaction"
     assert version < connection.revision
     assert await store.unfinished("n1") == ()
 
@@ -73,7 +73,7 @@ async def count_idle_puts(connection: EtcdConnection, prefix: str) -> int:
 
 async def read_events(reader: Reader, times: int) -> None:
     for _ in range(times):
-        await reader.seen()
+        await reader.next_event()
 
 
 async def test_a_token_of_a_compacted_revision_or_another_etcd_has_expired(
@@ -81,22 +81,22 @@ async def test_a_token_of_a_compacted_revision_or_another_etcd_has_expired(
 ) -> None:
     await put(store, "a", 1)
     async with watching(store) as reader:
-        listed = (await reader.seen()).token
-        changed = (await reader.seen()).token
+        listed = (await reader.next_event()).token
+        changed = (await reader.next_event()).token
     await put(store, "a", 2)
     await put(store, "a", 3)
     await compact(connection)
     for token in (listed, changed):
         with pytest.raises(ResumeTokenExpired):
             async with watching(store, token) as reader:
-                await reader.told(1)
+                await reader.next_changes(1)
     # The revision of an etcd that was restored from a backup, or of another etcd, is lower than that of the token.
     async with open_connection(own_etcd.address.endpoints[0]) as young:
         other = EtcdStore(young, prefix=store._keys._prefix)
         await other.open()
         with pytest.raises(ResumeTokenExpired):
             async with watching(other, changed) as reader:
-                await reader.told(1)
+                await reader.next_changes(1)
 
 
 async def test_a_reader_that_is_slower_than_a_compaction_gets_an_error_and_no_gap(
@@ -104,7 +104,7 @@ async def test_a_reader_that_is_slower_than_a_compaction_gets_an_error_and_no_ga
 ) -> None:
     await put(store, "a", 1, **_large(1))
     async with watching(store, listing=False) as reader:
-        await reader.seen()
+        await reader.next_event()
         # More than the flow control of the stream and etcd's own buffers hold.
         for generation in range(2, 400):
             await put(store, "a", generation, **_large(generation))
@@ -117,12 +117,12 @@ async def test_a_reader_that_is_slower_than_a_compaction_gets_an_error_and_no_ga
         before = [event.before.container.generation for event in events if event.before]
         assert before == [number - 1 for number in numbers], "an event has another previous generation"
         with pytest.raises(StopAsyncIteration):
-            await reader.seen()
+            await reader.next_event()
 
 
 async def read_until_error(reader: Reader, events: list[StoreEvent[ContainerView]]) -> None:
     while True:
-        events.append(await reader.seen())
+        events.append(await reader.next_event())
 
 
 def _large(number: int) -> dict[str, object]:
@@ -133,7 +133,7 @@ def _large(number: int) -> dict[str, object]:
 @pytest.mark.deep
 async def test_a_batch_in_fragments_can_be_resumed_at_each_event(store: EtcdStore) -> None:
     async with watching(store) as reader:
-        start = (await reader.seen()).token
+        start = (await reader.next_event()).token
     names = [f"c{number:02d}" for number in range(6)]
     for round_number in range(1, 8):
         views = [await store.container(name) for name in names]
@@ -150,22 +150,22 @@ async def test_a_batch_in_fragments_can_be_resumed_at_each_event(store: EtcdStor
     async with watching(store, start) as reader:
         tokens = []
         for change in expected:
-            assert await reader.told(1) == [change]
+            assert await reader.next_changes(1) == [change]
             tokens.append(reader.token)
     # Some of the tokens are in the middle of a revision, at the end of a fragment.
     for number, token in enumerate(tokens[:-1]):
         async with watching(store, token) as reader:
-            assert await reader.told(1) == [expected[number + 1]], f"after event {number}"
+            assert await reader.next_changes(1) == [expected[number + 1]], f"after event {number}"
 
 
 async def test_tokens_of_another_prefix_are_refused(store: EtcdStore, connection: EtcdConnection, prefix: str) -> None:
     other = EtcdStore(connection, prefix="/elsewhere" + prefix)
     await put(store, "a", 1)
     async with watching(store) as reader:
-        token = (await reader.seen()).token
+        token = (await reader.next_event()).token
     with pytest.raises(InvalidArgument) as refused:
         async with watching(other, token) as reader:
-            await reader.seen()
+            await reader.next_event()
     assert refused.value.violations[0].field == "resume_token"
 
 
@@ -176,15 +176,15 @@ async def test_a_watch_continues_after_a_kill_and_a_freeze_of_etcd(own_etcd: Emb
         await store.open()
         await put(store, "a", 1)
         async with watching(store) as reader:
-            assert await reader.told(1) == [("", "a.1")]
+            assert await reader.next_changes(1) == [("", "a.1")]
             for generation in range(2, 5):
-                following = asyncio.create_task(reader.told(1))
+                following = asyncio.create_task(reader.next_changes(1))
                 # The embedded etcd restarts its process.
                 os.kill(own_etcd.pid, signal.SIGKILL)
                 await put(store, "a", generation)
                 assert await following == [(f"a.{generation - 1}", f"a.{generation}")]
             pid = own_etcd.pid
-            following = asyncio.create_task(reader.told(1))
+            following = asyncio.create_task(reader.next_changes(1))
             await asyncio.sleep(0)
             freeze(pid)
             await asyncio.sleep(1)
@@ -199,7 +199,7 @@ async def test_a_watch_fails_when_etcd_stays_unavailable(own_etcd: EmbeddedEtcd)
         store = EtcdStore(connection, idle=IDLE, deadline=timedelta(seconds=limit(1)))
         await store.open()
         async with watching(store, listing=False) as reader:
-            await reader.seen()
+            await reader.next_event()
             freeze(own_etcd.pid)
             try:
                 # A connection without responses is detected within seconds; then the deadline of the store begins.
@@ -216,8 +216,8 @@ async def test_closing_a_watch_ends_its_tasks(store: EtcdStore, rig: Rig) -> Non
         before = len(asyncio.all_tasks())
         for _ in range(20):
             async with watching(watched_store, listing=False) as reader:
-                await reader.seen()
-                following = asyncio.ensure_future(reader.seen())
+                await reader.next_event()
+                following = asyncio.ensure_future(reader.next_event())
                 await asyncio.sleep(0.01)
                 following.cancel()
                 await asyncio.wait({following})

@@ -71,8 +71,8 @@ async def test_a_command_that_cannot_be_started_has_a_message(exec_caller: Calle
         ("/etc", {}, 126, "permission denied"),
         ("pwd", {"working_dir": "/no/such"}, 126, "no such file or directory"),
         ("pwd", {"working_dir": "/etc/passwd"}, 126, "not a directory"),
-        ("pwd", {"user": "ghost"}, 126, "unable to find user ghost"),
-        ("pwd", {"user": "0:ghosts"}, 126, "unable to find group ghosts"),
+        ("pwd", {"user": "absent"}, 126, "unable to find user absent"),
+        ("pwd", {"user": "0:absent-group"}, 126, "unable to find group absent-group"),
     ):
         options: dict[str, Any] = dict(fields)
         result = await exec_caller.run(BOX, command, tty=tty, **options)

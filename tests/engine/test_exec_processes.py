@@ -29,7 +29,7 @@ __all__ = ["box", "engine"]
         (ExecRequest(("nope",)), 127, "executable file not found in $PATH"),
         (ExecRequest(("/etc/passwd",)), 126, "permission denied"),
         (ExecRequest(("true",), working_dir="/nope"), 126, "chdir to cwd"),
-        (ExecRequest(("true",), user="ghost"), 126, "unable to find user ghost"),
+        (ExecRequest(("true",), user="absent"), 126, "unable to find user absent"),
         (ExecRequest(("/nope",), tty=True, size=TerminalSize(columns=80, rows=24)), 127, "no such file or directory"),
     ],
 )

@@ -42,9 +42,9 @@ async def test_a_layer_with_any_content_moves_complete_or_is_refused(daemons: Is
 
         scaled = await caller.scale("hostile", 2)
         assert fingerprint(str(_inside(daemons, scaled, "zoo"))) == planted
-        cloned = await caller.clone("hostile", "twin")
+        cloned = await caller.clone("hostile", "clone")
         assert fingerprint(str(_inside(daemons, cloned, "zoo"))) == planted
-        await caller.delete("twin")
+        await caller.delete("clone")
         await caller.shell("hostile", "mv /zoo /moved")
         back = await caller.rollback("hostile", 1)
         assert fingerprint(str(_inside(daemons, back, "zoo"))) == planted
