@@ -88,7 +88,7 @@ def test_a_change(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "violation"),
     [
         ("", "must start with one of"),
         ("RUN rm -rf /", "must start with one of"),
@@ -116,10 +116,10 @@ def test_a_change(line: str) -> None:
         ("CMD " + "x" * 5000, "at most"),
     ],
 )
-def test_what_is_no_change(line: str, told: str) -> None:
+def test_what_is_no_change(line: str, violation: str) -> None:
     found = violations_of(commit, request(changes=["USER 1", line]))
     assert set(found) == {"changes[1]"}
-    assert told in found["changes[1]"]
+    assert violation in found["changes[1]"]
 
 
 def test_all_of_it_at_once() -> None:

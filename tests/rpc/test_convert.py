@@ -167,7 +167,7 @@ def test_what_the_record_cannot_tell_from_the_default_is_left_out() -> None:
 
 
 def head(**changes: Any) -> Container:
-    """A container that runs with a card and a port."""
+    """A container that runs with a GPU and a port."""
     placement = Placement(
         gpu_uuids=("GPU-1",), ports=(PortBinding(container_port=80, protocol=Protocol.UDP, host_port=20000),)
     )
@@ -197,7 +197,7 @@ def head(**changes: Any) -> Container:
     return whole.changed(**changes)
 
 
-def test_a_container_with_the_operation_at_work_on_it() -> None:
+def test_a_container_with_the_operation_that_holds_its_lock() -> None:
     shown = container_messages.container_view_message(ContainerView(head(), 7, "op1"))
     assert shown == container_pb2.Container(
         name="train",
@@ -341,8 +341,8 @@ def test_a_plan_has_no_times_and_no_id() -> None:
     assert not any(shown.HasField(field) for field in ("create_time", "update_time", "end_time"))
 
 
-def test_a_card_and_its_holder() -> None:
-    card = Gpu(
+def test_a_gpu_and_its_holder() -> None:
+    gpu = Gpu(
         uuid="GPU-1",
         index=1,
         minor_number=2,
@@ -354,15 +354,15 @@ def test_a_card_and_its_holder() -> None:
         mig_mode=MigMode.DISABLED,
         processes=(GpuProcess(pid=1, name="p"),),
     )
-    shown = gpu_message(HeldGpu(card, HOLDER))
+    shown = gpu_message(HeldGpu(gpu, HOLDER))
     assert (shown.container, shown.schedulable, shown.unschedulable_reason) == ("train", True, "")
     assert shown.mig_mode == gpu_pb2.MIG_MODE_DISABLED
     assert shown.HasField("utilization_percent")
     assert not shown.HasField("temperature_celsius")
     assert not shown.processes[0].HasField("used_memory_bytes")
-    lost = gpu_message(HeldGpu(card.model_copy(update={"health": GpuHealth.LOST, "health_message": "XID 79"}), None))
+    lost = gpu_message(HeldGpu(gpu.model_copy(update={"health": GpuHealth.LOST, "health_message": "XID 79"}), None))
     assert (lost.container, lost.schedulable, lost.unschedulable_reason) == ("", False, "XID 79")
-    split = gpu_message(HeldGpu(card.model_copy(update={"mig_mode": MigMode.ENABLED}), None))
+    split = gpu_message(HeldGpu(gpu.model_copy(update={"mig_mode": MigMode.ENABLED}), None))
     assert not split.schedulable
     assert "MIG" in split.unschedulable_reason
 

@@ -74,7 +74,7 @@ def _violations(call: Any, request: Any) -> list[str]:
 @pytest.mark.parametrize(("fields", "field"), BAD.values(), ids=BAD.keys())
 def test_what_a_host_cannot_give(fields: dict[str, Any], field: str) -> None:
     assert _violations(container_requests.create, create_request(**fields)) == [f"spec.{field}"]
-    # Whatever else there is in the container, a change to that is refused likewise.
+    # An update to the same value is refused too.
     (name,) = {path for path in fields if field.startswith(path)}
     changed = {key: value for key, value in fields.items() if key in (name, "memory_bytes")}
     assert _violations(container_requests.update, update_request("c", ",".join(changed), **changed)) == [

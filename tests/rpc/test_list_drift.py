@@ -32,7 +32,7 @@ def compared(server: InMemoryServer) -> None:
             note(finding)
 
 
-def _broken_off(server: InMemoryServer) -> None:
+def _aborted(server: InMemoryServer) -> None:
     with server.drift.full_pass() as note:
         note(_finding(DriftKind.CONTAINER_GONE, "d", DriftRemedy.REPAIRED))
         raise EngineUnavailable(call="list containers", detail="it does not answer")
@@ -84,10 +84,10 @@ async def test_pages_are_filled_past_what_is_filtered_out(server: InMemoryServer
     assert two == [[("a", "CONTAINER_GONE")], [("c", "RESTART_POLICY_CHANGED")]]
 
 
-async def test_a_comparison_that_was_broken_off_leaves_the_list_and_says_why(server: InMemoryServer) -> None:
+async def test_a_comparison_that_was_aborted_leaves_the_list_and_says_why(server: InMemoryServer) -> None:
     compared(server)
     with pytest.raises(EngineUnavailable):
-        _broken_off(server)
+        _aborted(server)
     answer = await server.nodes.ListDrift(node_service_pb2.ListDriftRequest())
     assert [one.container for one in answer.drift] == list("abbc")
     assert "it does not answer" in answer.trouble

@@ -75,7 +75,7 @@ OPERATION = Operation(
     update_time=LONG_AGO,
 )
 HOLDER = Holder(container="a", uid=UUID, node="n1")
-CARD = Gpu(uuid="GPU-0", index=0, name="NVIDIA A100", health=GpuHealth.UNHEALTHY)
+GPU = Gpu(uuid="GPU-0", index=0, name="NVIDIA A100", health=GpuHealth.UNHEALTHY)
 
 # Of owners, nodes and labels, which containers and volumes have alike.
 ALIKE: list[tuple[dict[str, Any], bool]] = [
@@ -98,7 +98,7 @@ RUNNING, STOPPED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINE
 
 
 @pytest.mark.parametrize(
-    ("fields", "wanted"),
+    ("fields", "matches"),
     [
         *ALIKE,
         ({"states": [RUNNING]}, True),
@@ -107,23 +107,23 @@ RUNNING, STOPPED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINE
         ({"states": [STOPPED], "owner": "o1"}, False),
     ],
 )
-def test_containers(fields: dict[str, Any], *, wanted: bool) -> None:
+def test_containers(fields: dict[str, Any], *, matches: bool) -> None:
     asked = container_service_pb2.ContainerFilter(**fields)
     page = list_requests.containers(container_service_pb2.ListContainersRequest(filter=asked))
-    assert page.matches(CONTAINER) is wanted
+    assert page.matches(CONTAINER) is matches
     watch = watch_requests.containers(container_service_pb2.WatchContainersRequest(filter=asked))
-    assert watch.matches(CONTAINER) is wanted
+    assert watch.matches(CONTAINER) is matches
 
 
-@pytest.mark.parametrize(("fields", "wanted"), ALIKE)
-def test_volumes(fields: dict[str, Any], *, wanted: bool) -> None:
+@pytest.mark.parametrize(("fields", "matches"), ALIKE)
+def test_volumes(fields: dict[str, Any], *, matches: bool) -> None:
     asked = volume_service_pb2.VolumeFilter(**fields)
-    assert list_requests.volumes(volume_service_pb2.ListVolumesRequest(filter=asked)).matches(VOLUME) is wanted
-    assert watch_requests.volumes(volume_service_pb2.WatchVolumesRequest(filter=asked)).matches(VOLUME) is wanted
+    assert list_requests.volumes(volume_service_pb2.ListVolumesRequest(filter=asked)).matches(VOLUME) is matches
+    assert watch_requests.volumes(volume_service_pb2.WatchVolumesRequest(filter=asked)).matches(VOLUME) is matches
 
 
 @pytest.mark.parametrize(
-    ("fields", "wanted"),
+    ("fields", "matches"),
     [
         ({}, True),
         ({"states": [operation_pb2.OPERATION_STATE_RUNNING]}, True),
@@ -142,10 +142,10 @@ def test_volumes(fields: dict[str, Any], *, wanted: bool) -> None:
         ({"states": [operation_pb2.OPERATION_STATE_FAILED], "node": "n1"}, False),
     ],
 )
-def test_operations(fields: dict[str, Any], *, wanted: bool) -> None:
+def test_operations(fields: dict[str, Any], *, matches: bool) -> None:
     asked = operation_service_pb2.OperationFilter(**fields)
     page = list_requests.operations(operation_service_pb2.ListOperationsRequest(filter=asked))
-    assert page.matches(OPERATION) is wanted
+    assert page.matches(OPERATION) is matches
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_operations(fields: dict[str, Any], *, wanted: bool) -> None:
         ({"claimed": False, "container": "a"}, False, False),
     ],
 )
-def test_cards(fields: dict[str, Any], *, free: bool, held: bool) -> None:
+def test_gpus(fields: dict[str, Any], *, free: bool, held: bool) -> None:
     page = list_requests.gpus(node_service_pb2.ListGpusRequest(filter=node_service_pb2.GpuFilter(**fields)))
-    assert page.matches(HeldGpu(CARD, None)) is free
-    assert page.matches(HeldGpu(CARD, HOLDER)) is held
+    assert page.matches(HeldGpu(GPU, None)) is free
+    assert page.matches(HeldGpu(GPU, HOLDER)) is held
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ async def test_a_resize_reserves_its_bytes_when_it_begins(tmp_path: Path) -> Non
         growing = asyncio.create_task(resize(server, 5 * TIB))
         async with asyncio.timeout(limit(TIMEOUT_SECONDS)):
             await volumes.growing.wait()
-        # The pool has 8 TiB: the second volume fits beside the old size of the first one, and not beside its new size.
+        # The pool has 8 TiB: the second volume fits with the old size of the first volume, and not with its new size.
         second = pb.CreateVolumeRequest(name="second", size_bytes=4 * TIB)
         assert await error_reason(server.volumes.CreateVolume(second)) == "DISK_FULL"
         volumes.may_grow.set()

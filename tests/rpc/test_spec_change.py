@@ -113,9 +113,9 @@ def test_edits_go_with_whole_fields_and_with_clones() -> None:
     assert after("command", command=["true"], edits=changed) == BEFORE.changed(
         command=("true",), env={**BEFORE.env, "C": "3"}
     )
-    clone = container_requests.clone(clone_request("train", "twin", "labels.team", edits=changed))
+    clone = container_requests.clone(clone_request("train", "clone", "labels.team", edits=changed))
     assert clone.change.apply(BEFORE) == BEFORE.changed(env={**BEFORE.env, "C": "3"}, labels={"example.com/x": "y"})
-    assert container_requests.clone(clone_request("train", "twin")).change.apply(BEFORE) == BEFORE
+    assert container_requests.clone(clone_request("train", "clone")).change.apply(BEFORE) == BEFORE
 
 
 def test_everything_that_is_wrong_is_said_at_once() -> None:

@@ -49,9 +49,9 @@ BAD_SPECS: Mapping[str, tuple[dict[str, Any], str]] = {
     "too many uuids": ({"gpus": container_pb2.GpuRequest(uuids=[f"GPU-{n}" for n in range(17)])}, "spec.gpus.uuids"),
     "gpu twice": ({"gpus": container_pb2.GpuRequest(uuids=["GPU-1", "GPU-1"])}, "spec.gpus.uuids[1]"),
     "gpu without a name": ({"gpus": container_pb2.GpuRequest(uuids=[""])}, "spec.gpus.uuids[0]"),
-    "count beside uuids": ({"gpus": container_pb2.GpuRequest(count=2, uuids=["GPU-1"])}, "spec.gpus.count"),
-    "model beside uuids": ({"gpus": container_pb2.GpuRequest(model="a", uuids=["GPU-1"])}, "spec.gpus.model"),
-    "memory beside uuids": (
+    "count with uuids": ({"gpus": container_pb2.GpuRequest(count=2, uuids=["GPU-1"])}, "spec.gpus.count"),
+    "model with uuids": ({"gpus": container_pb2.GpuRequest(model="a", uuids=["GPU-1"])}, "spec.gpus.model"),
+    "memory with uuids": (
         {"gpus": container_pb2.GpuRequest(min_memory_bytes=1, uuids=["GPU-1"])},
         "spec.gpus.min_memory_bytes",
     ),

@@ -142,7 +142,7 @@ def test_a_full_request_becomes_a_command() -> None:
             ),
             restart_policy=RestartPolicy(kind=RestartPolicyKind.ON_FAILURE, max_retry_count=3),
             stop_signal="SIGINT",
-            # Up, never down: nobody is killed sooner than was asked for.
+            # Rounded up, never down: no process is killed before the requested time.
             stop_timeout=timedelta(seconds=1, microseconds=500_001),
             health_check=ContainerHealthCheck(command=("true",), interval=timedelta(seconds=5), retries=2),
         ),
@@ -187,7 +187,7 @@ def test_timeouts_are_whole_seconds_and_never_less_than_asked() -> None:
         assert violations_of(validate, late) == {"timeout": "must be 0 s to 86400 s"}
 
 
-def test_start_with_cards() -> None:
+def test_start_with_gpus() -> None:
     request = container_service_pb2.StartContainerRequest(name="a", gpus=container_pb2.GpuRequest())
     assert container_requests.start(request) == Start(name="a", gpus=GpuRequest())
     assert container_requests.start(container_service_pb2.StartContainerRequest(name="a")) == Start(name="a", gpus=None)

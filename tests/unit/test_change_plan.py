@@ -57,16 +57,16 @@ async def test_method_of_a_change(
     engine = container.engine
     assert engine is not None
     fields: dict[str, Any] = {"kind": OperationKind.UPDATE, "spec": container.spec, "runs": True} | desired
-    wanted = DesiredState(**fields)
+    state_after = DesiredState(**fields)
     placement = container.status.placement
-    assert choose_method(container, engine, wanted, placement, unbound_host_paths=False) is method
+    assert choose_method(container, engine, state_after, placement, unbound_host_paths=False) is method
     # Only a process that the same engine container would start needs its host paths.
     expected = REPLACE if method is RESTART else method
-    assert choose_method(container, engine, wanted, placement, unbound_host_paths=True) is expected
-    # Other GPUs need a successor, except if the process goes on with those it has, or none is started.
-    keeps = wanted.keeps_process(container, engine)
-    expected = method if keeps or not wanted.runs else REPLACE
-    assert choose_method(container, engine, wanted, Placement(), unbound_host_paths=False) is expected
+    assert choose_method(container, engine, state_after, placement, unbound_host_paths=True) is expected
+    # Other GPUs need a successor, except if the process keeps its GPUs, or none is started.
+    keeps = state_after.keeps_process(container, engine)
+    expected = method if keeps or not state_after.runs else REPLACE
+    assert choose_method(container, engine, state_after, Placement(), unbound_host_paths=False) is expected
 
 
 async def test_a_plan_shows_and_records_what_a_change_does(model: ModelNode) -> None:

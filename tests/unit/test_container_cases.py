@@ -62,7 +62,7 @@ async def test_a_clone_that_is_created_only_does_not_run(model: ModelNode) -> No
     assert len(model.claims("b")) == 3
 
 
-async def test_a_clone_of_what_another_operation_has_changed_meanwhile_is_planned_anew(model: ModelNode) -> None:
+async def test_a_clone_of_what_another_operation_has_changed_is_planned_again(model: ModelNode) -> None:
     drafts = 0
 
     async def drafted() -> OperationDraft:
@@ -224,7 +224,7 @@ async def test_a_pull_that_moves_again_says_no_more_that_it_stood_still(monkeypa
     assert moving == ""
 
 
-async def test_an_image_that_came_with_a_pull_that_failed_at_its_end_is_for_nobody() -> None:
+async def test_an_image_that_came_with_a_pull_that_failed_at_its_end_is_for_no_owner() -> None:
     model = ModelNode()
     pull = model.engine.pull
 
@@ -273,7 +273,7 @@ async def test_images_that_were_kept_of_revisions_go_with_their_container(model:
     assert not [name for name in model.engine.tags if name.startswith("gpudock/")]
 
 
-async def test_files_go_back_from_a_successor_that_somebody_has_started_meanwhile(model: ModelNode) -> None:
+async def test_files_go_back_from_a_successor_that_was_started_outside_gpudock(model: ModelNode) -> None:
     before, old = model.summary(), model.engine_id()
     halt = model.engine.stop
 
@@ -401,13 +401,13 @@ async def test_a_process_that_its_restart_policy_has_started_again_has_ended(
     assert model.container().status.state is ContainerState.RESTARTING
 
 
-async def test_what_somebody_else_has_started_is_stopped_and_says_why(model: ModelNode) -> None:
+async def test_a_container_started_outside_gpudock_is_stopped_with_a_reason(model: ModelNode) -> None:
     await model.run_ok(Stop("a"))
     view = await model.store.container("a")
     assert view is not None
     model.engine._set(model.engine_id(), EngineState.RUNNING)
     draft = model.core.container_use_cases.stop.draft_enforced(
-        view, model.engine_container(), "its cards are others' by now"
+        view, model.engine_container(), "its GPUs are held by another container"
     )
 
     async def drafted() -> OperationDraft:
@@ -417,7 +417,7 @@ async def test_what_somebody_else_has_started_is_stopped_and_says_why(model: Mod
     assert operation.state is OperationState.SUCCEEDED
     assert model.engine_container().state is EngineState.EXITED
     status = model.container().status
-    assert (status.state, status.message) == (ContainerState.STOPPED, "its cards are others' by now")
+    assert (status.state, status.message) == (ContainerState.STOPPED, "its GPUs are held by another container")
     assert not model.claims()
 
 

@@ -120,8 +120,8 @@ async def test_history_is_pruned_by_number_and_by_age(model: ModelNode) -> None:
     await model.run_ok(Scale("a", cpus=4.0))
     # What replaced the fourth is old; what replaced the fifth is not.
     assert revisions() == [5, 6, 7]
-    for_ever = RevisionPolicy(keep_for=timedelta(days=365_00))
-    await model.run_ok(Update("a", FieldChange("revision_policy", for_ever)))
+    unlimited = RevisionPolicy(keep_for=timedelta(days=365_00))
+    await model.run_ok(Update("a", FieldChange("revision_policy", unlimited)))
     assert revisions() == [5, 6, 7, 8]
 
 
@@ -166,7 +166,7 @@ async def test_an_image_that_the_engine_has_no_more_is_pulled_again_where_it_can
     assert (await refusal(model, Clone("b", "a", LABEL_CHANGE, revision=1))).reason == "IMAGE_NOT_FOUND"
     done = await model.run_ok(Rollback("a", 1))
     assert done.facts("pull") == {"image_id": image.id}
-    # The name leads to another image by now.
+    # The name belongs to another image now.
     await model.run_ok(Update("a", FieldChange("image", OTHER_IMAGE), files=FilesPolicy.DISCARD))
     model.engine.tags.pop(REMOTE_IMAGE)
     model.engine.images.pop(image_id)

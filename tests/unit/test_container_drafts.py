@@ -101,8 +101,8 @@ NAMED: Sequence[Command] = [command for command, _ in REFUSALS if not isinstance
 
 @pytest.mark.parametrize("command", NAMED, ids=lambda one: type(one).__name__)
 async def test_what_is_not_there_or_not_as_it_was_seen(model: ModelNode, command: Any) -> None:
-    unknown = await refusal(model, replace(command, name="nobody"))
-    assert (unknown.reason, unknown.metadata) == ("CONTAINER_NOT_FOUND", {"container": "nobody"})
+    unknown = await refusal(model, replace(command, name="unknown"))
+    assert (unknown.reason, unknown.metadata) == ("CONTAINER_NOT_FOUND", {"container": "unknown"})
     stale = await refusal(model, replace(command, etag="old"))
     assert stale.reason == "STALE_ETAG"
     assert stale.metadata == {"container": "a", "etag": "old", "current_etag": model.container().etag}
@@ -137,7 +137,7 @@ async def test_one_that_is_gone_names_the_revisions_that_it_can_be_brought_back_
     assert model.container().revision == 4
 
 
-async def test_what_is_made_anew_must_not_be_there(model: ModelNode) -> None:
+async def test_a_new_object_must_not_exist(model: ModelNode) -> None:
     for command in (Create("a", SPEC), Clone("a", "a", LABEL_CHANGE)):
         refused = await refusal(model, command)
         assert (refused.reason, refused.metadata) == ("CONTAINER_EXISTS", {"container": "a"})
@@ -219,12 +219,12 @@ async def test_the_plan_of_limits(model: ModelNode) -> None:
     assert recreate.plan.restarts_process
 
 
-async def test_a_live_scale_does_not_exchange_a_card_that_is_not_well(model: ModelNode) -> None:
+async def test_a_live_scale_does_not_exchange_an_unhealthy_gpu(model: ModelNode) -> None:
     other = model.container().status.placement.model_copy(update={"gpu_uuids": ("GPU-0", "GPU-9")})
     model.store.put(model.container().with_status(placement=other))
     refused = await refusal(model, Scale("a", gpus=model.container().spec.gpus, strategy=ScaleStrategy.LIVE))
     assert refused.metadata == {"container": "a", "changes": "gpus"}
-    # Where the request names no cards, the process goes on with those that it has.
+    # Without GPUs in the request, the process keeps its GPUs.
     assert not (await preview(model, Scale("a", cpus=1.5))).plan.restarts_process
 
 
@@ -291,7 +291,7 @@ async def test_the_plan_of_a_commit(model: ModelNode) -> None:
     assert "(duration unknown): its files cannot be measured" in plan.warnings[-1]
 
 
-async def test_a_commit_takes_no_name_that_is_somebody_elses(model: ModelNode) -> None:
+async def test_a_commit_does_not_take_the_name_of_another_owner(model: ModelNode) -> None:
     model.configure(images=ImagePolicy(repositories=("team",)))
     assert (await refusal(model, Commit("a", "other:v1"))).reason == "IMAGE_NAME_FORBIDDEN"
     model.configure(images=ImagePolicy())

@@ -1,4 +1,4 @@
-"""SocketRawStream: no data of a bulk transfer is lost, whatever the timing of reads."""
+"""SocketRawStream: no data of a bulk transfer is lost, with any timing of reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tree and its mirror are equal after the last pass, whatever changed in the tree between passes."""
+"""A tree and its mirror are equal after the last pass, after any changes of the tree between passes."""
 
 from __future__ import annotations
 

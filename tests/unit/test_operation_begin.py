@@ -154,10 +154,10 @@ async def test_only_operations_of_the_recovery_begin_during_the_recovery(model: 
 
     with pytest.raises(Recovering):
         await begin()
-    operations.set_recovery_blocked(StoreFull("no room"))
+    operations.set_recovery_blocked(StoreFull("no space"))
     with pytest.raises(StoreFull) as full:
         await begin()
-    assert full.value.detail == "no room"
+    assert full.value.detail == "no space"
     operations.set_recovery_blocked(None)
     with pytest.raises(Recovering):
         await begin()

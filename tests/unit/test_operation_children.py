@@ -76,7 +76,7 @@ async def test_a_caller_of_a_parent_gets_an_error_while_its_child_waits_for_a_fu
                 and change.operation.target.name == "a"
                 and not space.is_set()
             ):
-                raise StoreFull("no room")
+                raise StoreFull("no space")
 
     model.store.before_apply = before
     operation_id = await begin_saga_on_b(model, parent)
@@ -120,7 +120,7 @@ async def test_a_caller_can_wait_for_a_parent_again_after_its_child_waited_for_a
         for change in changes:
             ends = isinstance(change, PutOperation) and change.expect and change.operation.target.name == "a"
             if ends and not parent_is_blocked():
-                raise StoreFull("no room")
+                raise StoreFull("no space")
 
     model.store.before_apply = before
     operation_id = await begin_saga_on_b(model, parent)

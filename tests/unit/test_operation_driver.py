@@ -220,15 +220,15 @@ async def test_an_operation_waits_for_a_full_store_and_its_callers_get_an_error(
         if not space.is_set() and not any(
             isinstance(change, PutOperation) and change.expect == 0 for change in changes
         ):
-            raise StoreFull("no room")
+            raise StoreFull("no space")
 
     store.before_apply = before
     operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", do_nothing)]))
     with pytest.raises(StoreFull) as full:
         await model.operations.result(operation_id)
-    assert full.value.metadata == {"detail": "no room", "operation_id": operation_id}
+    assert full.value.metadata == {"detail": "no space", "operation_id": operation_id}
     assert full.value.message.endswith(
-        f"no room; operation {operation_id} waits at its last recorded step and continues when there is space"
+        f"no space; operation {operation_id} waits at its last recorded step and continues when there is space"
     )
     space.set()
     async with asyncio.timeout(limit(TIMEOUT_SECONDS)):

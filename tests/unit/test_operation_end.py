@@ -61,7 +61,7 @@ async def test_why_an_operation_cannot_be_cancelled(model: ModelNode) -> None:
     assert stuck.metadata == {"operation_id": ID, "state": "RUNNING"}
     start_recovering_daemon(model)
     assert isinstance(await cancel_error(model), Recovering)
-    model.operations.set_recovery_blocked(StoreFull("no room"))
+    model.operations.set_recovery_blocked(StoreFull("no space"))
     assert isinstance(await cancel_error(model), StoreFull)
     record_operation(model, state=OperationState.FAILED)
     assert isinstance(await cancel_error(model), OperationNotCancellable)
@@ -126,10 +126,10 @@ async def test_a_cancel_that_cannot_be_recorded_fails_and_still_takes_effect(mod
 
     operation_id = await begin_saga(model, ScriptedSaga(model, [Step("work", work)]))
     await started.wait()
-    model.store.failures.append(StoreFull("no room"))
+    model.store.failures.append(StoreFull("no space"))
     refused = await cancel_error(model, operation_id)
     assert isinstance(refused, StoreFull)
-    assert refused.detail == "no room"
+    assert refused.detail == "no space"
     assert (await model.ended_operation(operation_id)).state is OperationState.CANCELLED
 
 
