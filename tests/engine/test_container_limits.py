@@ -65,7 +65,7 @@ async def test_the_process_limit_changes_in_place_and_is_kept_by_a_scale(caller:
     assert (default.spec.pids_limit, host_config(rig, default)["PidsLimit"]) == (0, 4096)
 
 
-async def test_limits_above_the_nodes_maximum(daemons: IsolatedDaemons, rig: Rig) -> None:
+async def test_limits_above_the_maximum_of_the_node_are_refused(daemons: IsolatedDaemons, rig: Rig) -> None:
     before = await daemons.start("--max-pids-limit", "0", "--default-pids-limit", "0", "--drop-net-raw", "false")
     async with Caller(before.target) as caller:
         limited = await caller.create("limited", memory_bytes=256 * MIB, pids_limit=512)

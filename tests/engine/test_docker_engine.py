@@ -48,7 +48,7 @@ __all__ = ["direct_engine", "engine"]
 MIB = 1 << 20
 
 
-async def test_info(engine: DockerEngine, rig: Rig) -> None:
+async def test_info_describes_the_engine_and_its_host(engine: DockerEngine, rig: Rig) -> None:
     info = await engine.info()
     assert info.version
     assert info.storage_driver == "overlay2"
@@ -202,7 +202,7 @@ async def test_a_port_of_another_program_is_reported_at_start(engine: DockerEngi
 
 
 @pytest.mark.deep
-async def test_many_starts_at_once(engine: DockerEngine) -> None:
+async def test_many_concurrent_starts_succeed(engine: DockerEngine) -> None:
     boxes = [await engine.create(await engine_spec(engine, f"box{number}")) for number in range(12)]
     await asyncio.gather(*(engine.start(box) for box in boxes))
     found = await engine.find({"gpudock.operation": "op1"})

@@ -63,7 +63,7 @@ async def test_the_exit_code_or_the_signal_is_reported(exec_caller: Caller) -> N
 
 
 @pytest.mark.parametrize("tty", [False, True])
-async def test_a_command_that_cannot_be_started_has_a_message(exec_caller: Caller, tty: bool) -> None:  # noqa: FBT001 - a parameter
+async def test_a_command_that_cannot_be_started_has_a_message(exec_caller: Caller, tty: bool) -> None:  # noqa: FBT001 - pytest passes it by name
     for command, fields, code, says in (
         ("nosuch", {}, 127, "executable file not found"),
         ("/no/such", {}, 127, "no such file or directory"),
@@ -111,7 +111,7 @@ async def test_every_byte_arrives_in_order_at_any_pace(exec_caller: Caller) -> N
     assert (read, expected, call.result.code) == (lines * (len(text) + 17), b"", 0)
 
 
-async def test_environment_working_dir_and_user(exec_caller: Caller) -> None:
+async def test_a_command_has_its_environment_working_directory_and_user(exec_caller: Caller) -> None:
     result = await exec_caller.run(
         BOX,
         *shell('echo "$GREETING|$PWD|$(id -u)|$(id -g)"'),

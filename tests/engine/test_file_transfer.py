@@ -147,7 +147,7 @@ def _require_committed_tree(before: Mapping[bytes, TreeEntry], after: Mapping[by
 async def test_a_new_engine_container_that_exits_is_replaced_by_the_old_one(
     daemons: IsolatedDaemons, rig: Rig, method: str
 ) -> None:
-    # A busy machine takes longer than FAST allows to run the few programs that end it.
+    # A busy machine takes longer than FAST_FLAGS allow until the command has exited.
     daemon = await daemons.start("--layer-carry", method, "--settle-period", f"{limit(2):.1f}")
     async with Caller(daemon.target) as caller:
         before = await create_with_tree(caller, rig, 2, FEW_FILES, EXIT_WITH_FOUR_GPUS)

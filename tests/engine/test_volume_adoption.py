@@ -117,7 +117,7 @@ async def test_a_volume_in_use_by_another_container_is_refused(
                 assert (refused.reason, refused.metadata["holders"]) == ("VOLUME_IN_USE", name)
                 assert refused.metadata["engine_volume"] == "pgdata"
                 assert "engine volume 'pgdata' is in use" in refused.message
-    # Labels of gpudock on a container of another installation, or of an image that was committed without gpudock.
+    # Labels of gpudock on a container of another installation, or of an image that docker commit made of a container.
     labels = {"gpudock.uid": str(uuid.uuid4()), "gpudock.name": "other", "gpudock.operation": str(uuid.uuid4())}
     with foreign_container(rig, "pgdata", labels):
         assert (await failure(adopting_caller.adopt_volume("new", "pgdata"))).reason == "VOLUME_IN_USE"
