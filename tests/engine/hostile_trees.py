@@ -20,7 +20,7 @@ def make_nested_folders(root: int, depth: int, name: str, *, siblings: bool = Fa
     for _ in range(depth):
         os.mkdir(name, dir_fd=folder)
         if siblings:
-            os.mkdir("beside", dir_fd=folder)
+            os.mkdir("sibling", dir_fd=folder)
         subfolder = os.open(name, _READ_FLAGS, dir_fd=folder)
         os.close(folder)
         folder = subfolder

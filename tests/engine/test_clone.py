@@ -286,5 +286,5 @@ async def test_a_clone_cannot_have_another_image(caller: Caller) -> None:
     for mask in ("", "image", "env,image"):
         error = await failure(caller.clone("origin", "clone", mask, image=GLIBC))
         assert error.reason == "INVALID_ARGUMENT"
-    error = await failure(caller.clone("Origin", "Twin", owner="!", revision=-1))
+    error = await failure(caller.clone("Origin", "Clone", owner="!", revision=-1))
     assert set(error.violations) == {"name", "source", "owner", "revision"}

@@ -42,12 +42,12 @@ async def test_a_container_without_limits_has_the_defaults_of_the_node(caller: C
 @pytest.mark.deep
 async def test_a_fork_bomb_stays_in_its_container(caller: Caller, rig: Rig) -> None:
     limited = await caller.create("bomb", pids_limit=32)
-    await caller.create("beside")
+    await caller.create("neighbour")
     result = await caller.run("bomb", "sh", "-c", START_CHILDREN.format(500))
     assert b"can't fork" in result.stderr
     processes = rig.engine.call("GET", f"/containers/{limited.status.engine_id}/top")["Processes"]
     assert 16 <= len(processes) <= 32
-    assert await caller.shell("beside", START_CHILDREN.format(64)) == "started\n"
+    assert await caller.shell("neighbour", START_CHILDREN.format(64)) == "started\n"
 
 
 async def test_the_process_limit_changes_in_place_and_is_kept_by_a_scale(caller: Caller, rig: Rig) -> None:
