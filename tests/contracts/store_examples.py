@@ -65,7 +65,7 @@ async def put(store: Store, name: str, generation: int, *others: StoreChange, **
 
 
 async def delete(store: Store, name: str, *others: StoreChange) -> int:
-    """Delete a head, whatever version it has."""
+    """Delete a head of any version."""
     view = await store.container(name)
     assert view is not None
     return await store.apply([DeleteContainer(name, view.container.uid, view.version), *others])

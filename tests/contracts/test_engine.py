@@ -32,19 +32,19 @@ _NO_EVENTS = "it has no events"
 _NO_PROCESSES = "FakeSession does what the test tells it, not what a command would do"
 NOT_FAKED = {
     "fake": {
-        "test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_own": (
+        "test_a_removal_deletes_the_own_volumes_only_on_request": (
             "FakeEngine keeps no mounts and makes no anonymous volumes"
         ),
         "test_a_container_that_holds_files_and_never_runs": "FakeEngine makes no container for it",
         "test_exited_within": "processes of FakeEngine never end by themselves",
         "test_a_port_of_another_container": "FakeEngine publishes no ports",
         "test_limits_and_policy_change_in_place": "FakeEngine keeps no limits",
-        "test_events_are_told_from_a_time_on": _NO_EVENTS,
+        "test_events_are_sent_from_a_given_time": _NO_EVENTS,
         "test_exec": _NO_PROCESSES,
     },
     "model": {
         "test_a_port_of_another_container": "ModelEngine asserts that no saga ever asks for it",
-        "test_events_are_told_from_a_time_on": _NO_EVENTS,
+        "test_events_are_sent_from_a_given_time": _NO_EVENTS,
         "test_exec": _NO_PROCESSES,
     },
 }
@@ -75,20 +75,20 @@ async def test_info(engine: Engine) -> None:
 
 
 async def test_create_is_idempotent_within_an_operation(engine: Engine, subject: EngineSubject) -> None:
-    wanted = await engine_spec(engine, image=subject.image)
-    first = await engine.create(wanted)
-    assert await engine.create(wanted) == first
-    for labels in (wanted.labels | {LABEL_OPERATION: "op2"}, {}):
+    spec = await engine_spec(engine, image=subject.image)
+    first = await engine.create(spec)
+    assert await engine.create(spec) == first
+    for labels in (spec.labels | {LABEL_OPERATION: "op2"}, {}):
         with pytest.raises(EngineRejected) as refused:
-            await engine.create(dataclasses.replace(wanted, labels=labels))
+            await engine.create(dataclasses.replace(spec, labels=labels))
         assert refused.value.status == 409
     assert [one.id for one in await engine.find({LABEL_UID: ""})] == [first]
 
 
 async def test_create_of_an_image_that_is_gone(engine: Engine, subject: EngineSubject) -> None:
-    wanted = await engine_spec(engine, image=subject.image)
+    spec = await engine_spec(engine, image=subject.image)
     with pytest.raises(ImageNotFound):
-        await engine.create(dataclasses.replace(wanted, image_id="sha256:" + "0" * 64))
+        await engine.create(dataclasses.replace(spec, image_id="sha256:" + "0" * 64))
     assert await engine.find({LABEL_UID: ""}) == ()
 
 
@@ -112,7 +112,7 @@ async def test_find(engine: Engine, subject: EngineSubject) -> None:
         ({LABEL_UID: "uid-two"}, {two}),
         ({LABEL_OPERATION: "op1", "gpudock.name": "one"}, {one}),
         ({LABEL_OPERATION: "op2"}, set()),
-        ({"nobody has it": ""}, set()),
+        ({"missing": ""}, set()),
     ):
         assert {container.id for container in await engine.find(labels)} == ids
 
@@ -263,18 +263,16 @@ async def test_remove(engine: Engine, subject: EngineSubject) -> None:
     assert await subject.create() != box, "its name is free again"
 
 
-async def test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_own(
-    engine: Engine, subject: EngineSubject
-) -> None:
+async def test_a_removal_deletes_the_own_volumes_only_on_request(engine: Engine, subject: EngineSubject) -> None:
     target = subject.volume_target
     first = await subject.create("first", image=subject.volume_image)
     made = (await inspect_container(engine, first)).volumes[target]
     shown = await engine.inspect_volume(made)
     assert shown is not None
     assert shown.anonymous
-    heir = await subject.create("heir", image=subject.volume_image, volumes={target: made})
-    assert (await inspect_container(engine, heir)).volumes == {target: made}
-    await engine.remove(heir, own_volumes=True)
+    successor = await subject.create("successor", image=subject.volume_image, volumes={target: made})
+    assert (await inspect_container(engine, successor)).volumes == {target: made}
+    await engine.remove(successor, own_volumes=True)
     assert await engine.inspect_volume(made), "it was given to that one by its name"
     await engine.remove(first)
     assert await engine.inspect_volume(made), "volumes stay"
@@ -289,18 +287,18 @@ async def test_a_removed_container_leaves_its_volumes_unless_told_to_take_its_ow
 # ---- events, exec ----
 
 
-async def test_events_are_told_from_a_time_on(engine: Engine, subject: EngineSubject) -> None:
+async def test_events_are_sent_from_a_given_time(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     start = (await inspect_container(engine, box)).create_time
     assert start is not None
     async with asyncio.timeout(limit(60)):
         stream = engine.events(int(start.timestamp()) * 10**9)
-        told = await anext(stream)
-        while told.engine_id != box:
-            told = await anext(stream)
+        event = await anext(stream)
+        while event.engine_id != box:
+            event = await anext(stream)
     await stream.aclose()  # type: ignore[attr-defined]  # an async generator, which the protocol does not promise
-    assert told.kind is EngineEventKind.START
-    assert told.labels[LABEL_UID] == "uid-box"
+    assert event.kind is EngineEventKind.START
+    assert event.labels[LABEL_UID] == "uid-box"
 
 
 async def test_exec(engine: Engine, subject: EngineSubject) -> None:

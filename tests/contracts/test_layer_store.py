@@ -161,12 +161,12 @@ async def test_a_copy_makes_the_new_layer_equal_to_the_old_one(store: LayerStore
     pair = await store.locate(subject.source, subject.target)
     for written in ("first", "second"):
         subject.containers.write(written)
-        told: list[tuple[int, int]] = []
-        await store.copy(pair, lambda current, total, told=told: told.append((current, total)))  # type: ignore[misc]  # bound here
+        reports: list[tuple[int, int]] = []
+        await store.copy(pair, lambda now, total, into=reports: into.append((now, total)))  # type: ignore[misc]  # bound here
         assert subject.files[0] == subject.files[1]
         assert written in subject.files[1]
-        assert told == sorted(told)
-        assert told[-1][0] == told[-1][1]
+        assert reports == sorted(reports)
+        assert reports[-1][0] == reports[-1][1]
 
 
 async def test_exchanged_layers_are_not_copied(store: LayerStore, subject: Subject) -> None:

@@ -279,7 +279,7 @@ async def test_names_are_never_taken_apart(store: Store) -> None:
     assert dict((await store.claims("h")).claims) == {odd: holder("db")}
 
 
-async def test_claimers_at_once_get_each_card_once(store: Store) -> None:
+async def test_claimers_at_once_get_each_gpu_once(store: Store) -> None:
     async def claim(number: int) -> bool:
         name = f"c{number}"
         for turn in range(4):
@@ -401,7 +401,7 @@ async def test_a_deleted_revision_takes_what_was_said_of_its_snapshot_along(stor
     assert await store.revision("uid-web", 1) == RevisionView(revision("web", 1), None)
 
 
-async def test_a_deleted_head_takes_its_history_along_and_nobody_elses(store: Store) -> None:
+async def test_the_deletion_of_a_head_deletes_only_its_history(store: Store) -> None:
     heads = [PutContainer(container(name), expect=0) for name in ("web", "web2")]
     version = await store.apply([*heads, *(PutRevision(revision(name, 1)) for name in ("web", "web2"))])
     await store.apply([PutSnapshot("uid-web", 1, _SNAPSHOT), PutSnapshot("uid-web2", 1, _SNAPSHOT)])
