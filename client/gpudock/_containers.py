@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Unpack, cast
 
 import grpc.aio
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from gpudock._calls import Calls, Stream, request_id_or_new
+from gpudock._calls import Calls, request_id_or_new
 from gpudock._enums import enum_value
 from gpudock._exec import Completed, ExecOptions, ExecSession, collect, exec_method, exec_start
 from gpudock._operations import OperationCall, Operations
@@ -75,9 +75,7 @@ class Containers:
             registry_auth=registry_auth,
             pull_stall_timeout=None if pull_stall_timeout is None else duration(pull_stall_timeout),
         )
-        return self._operation(
-            lambda: self._calls.stream(self._stub.CreateContainer, request), validate_only=validate_only
-        )
+        return self._operations.begin(self._stub.CreateContainer, request, _container_of)
 
     async def get(self, name: str) -> Container:
         """Return a container."""
@@ -94,13 +92,8 @@ class Containers:
     ) -> Pages[Container]:
         """List containers by name: in any of `states` (such as `running`), with all `labels` (`""` is any value)."""
         filters = _filter(states, labels, owner, node)
-
-        async def page(token: str) -> tuple[Iterable[Container], str]:
-            request = pb.ListContainersRequest(page_size=page_size, page_token=token, filter=filters)
-            answer = await self._calls.read(self._stub.ListContainers, request)
-            return answer.containers, answer.next_page_token
-
-        return Pages(page)
+        request = pb.ListContainersRequest(page_size=page_size, filter=filters)
+        return Pages(self._calls, self._stub.ListContainers, request, lambda answer: answer.containers)
 
     def watch(
         self,
@@ -119,12 +112,8 @@ class Containers:
         that event.
         """
         filters = _filter(states, labels, owner, node)
-
-        def begin(token: str) -> Stream:
-            request = pb.WatchContainersRequest(filter=filters, resume_token=token, changes_only=changes_only)
-            return self._calls.stream(self._stub.WatchContainers, request)
-
-        return Watch(self._calls, begin, resume_token, checkpoints=checkpoints)
+        request = pb.WatchContainersRequest(filter=filters, resume_token=resume_token, changes_only=changes_only)
+        return Watch(self._calls, self._stub.WatchContainers, request, checkpoints=checkpoints)
 
     def start(
         self,
@@ -145,9 +134,7 @@ class Containers:
             snapshots=_snapshots(snapshots),
             validate_only=validate_only,
         )
-        return self._operation(
-            lambda: self._calls.stream(self._stub.StartContainer, request), validate_only=validate_only
-        )
+        return self._operations.begin(self._stub.StartContainer, request, _container_of)
 
     async def stop(
         self,
@@ -187,9 +174,7 @@ class Containers:
             snapshots=_snapshots(snapshots),
             validate_only=validate_only,
         )
-        return self._operation(
-            lambda: self._calls.stream(self._stub.RestartContainer, request), validate_only=validate_only
-        )
+        return self._operations.begin(self._stub.RestartContainer, request, _container_of)
 
     async def pause(self, name: str, *, etag: str = "", request_id: str | None = None) -> Container:
         """Pause all processes of a container; it keeps its GPUs and ports."""
@@ -237,9 +222,7 @@ class Containers:
             snapshots=_snapshots(snapshots),
             validate_only=validate_only,
         )
-        return self._operation(
-            lambda: self._calls.stream(self._stub.ScaleContainer, request), validate_only=validate_only
-        )
+        return self._operations.begin(self._stub.ScaleContainer, request, _container_of)
 
     def update(
         self,
@@ -280,9 +263,7 @@ class Containers:
             etag=etag,
             validate_only=validate_only,
         )
-        return self._operation(
-            lambda: self._calls.stream(self._stub.UpdateContainer, request), validate_only=validate_only
-        )
+        return self._operations.begin(self._stub.UpdateContainer, request, _container_of)
 
     def rollback(
         self,
@@ -305,9 +286,7 @@ class Containers:
             etag=etag,
             validate_only=validate_only,
         )
-        return self._operation(
-            lambda: self._calls.stream(self._stub.RollbackContainer, request), validate_only=validate_only
-        )
+        return self._operations.begin(self._stub.RollbackContainer, request, _container_of)
 
     def clone(
         self,
@@ -340,9 +319,7 @@ class Containers:
             request_id=request_id_or_new(request_id),
             validate_only=validate_only,
         )
-        return self._operation(
-            lambda: self._calls.stream(self._stub.CloneContainer, request), validate_only=validate_only
-        )
+        return self._operations.begin(self._stub.CloneContainer, request, _container_of)
 
     async def revision(self, name: str, revision: int = 0) -> ContainerRevision:
         """Return a revision of a container; 0 means the current one."""
@@ -351,13 +328,8 @@ class Containers:
 
     def revisions(self, name: str, *, page_size: int = 0) -> Pages[ContainerRevision]:
         """List the revisions of a container, oldest first."""
-
-        async def page(token: str) -> tuple[Iterable[ContainerRevision], str]:
-            request = pb.ListContainerRevisionsRequest(name=name, page_size=page_size, page_token=token)
-            answer = await self._calls.read(self._stub.ListContainerRevisions, request)
-            return answer.revisions, answer.next_page_token
-
-        return Pages(page)
+        request = pb.ListContainerRevisionsRequest(name=name, page_size=page_size)
+        return Pages(self._calls, self._stub.ListContainerRevisions, request, lambda answer: answer.revisions)
 
     async def delete_revision(self, name: str, revision: int, *, etag: str = "", request_id: str | None = None) -> None:
         """Delete a revision and its files."""
@@ -400,12 +372,7 @@ class Containers:
             etag=etag,
             validate_only=validate_only,
         )
-        return OperationCall(
-            self._operations,
-            begin=lambda: self._calls.stream(self._stub.CommitContainer, request),
-            validate_only=validate_only,
-            resource=_image_of,
-        )
+        return self._operations.begin(self._stub.CommitContainer, request, _image_of)
 
     def exec(self, name: str, command: Sequence[str], **options: Unpack[ExecOptions]) -> ExecSession:
         """Run a command in a running container: `async with client.containers.exec("web", ["top"]) as session`."""
@@ -426,9 +393,6 @@ class Containers:
         """
         options["stdin"] = input is not None
         return await collect(self.exec(name, command, **options), input, limit_bytes)
-
-    def _operation(self, begin: Callable[[], Stream], *, validate_only: bool) -> OperationCall[Container]:
-        return OperationCall(self._operations, begin=begin, validate_only=validate_only, resource=_container_of)
 
 
 def _filter(states: Iterable[str], labels: Mapping[str, str] | None, owner: str, node: str) -> pb.ContainerFilter:

@@ -60,13 +60,8 @@ class Nodes:
             claimed=claimed,
             container=container,
         )
-
-        async def page(token: str) -> tuple[Iterable[Gpu], str]:
-            request = pb.ListGpusRequest(node=node, page_size=page_size, page_token=token, filter=filters)
-            answer = await self._calls.read(self._stub.ListGpus, request)
-            return answer.gpus, answer.next_page_token
-
-        return Pages(page)
+        request = pb.ListGpusRequest(node=node, page_size=page_size, filter=filters)
+        return Pages(self._calls, self._stub.ListGpus, request, lambda answer: answer.gpus)
 
     def ports(
         self, *, protocols: Iterable[str] = (), container: str = "", node: str = "", page_size: int = 0
@@ -75,13 +70,8 @@ class Nodes:
         filters = pb.PortFilter(
             protocols=[enum_value(PortProtocol, protocol) for protocol in protocols], container=container
         )
-
-        async def page(token: str) -> tuple[Iterable[PortClaim], str]:
-            request = pb.ListPortsRequest(node=node, page_size=page_size, page_token=token, filter=filters)
-            answer = await self._calls.read(self._stub.ListPorts, request)
-            return answer.ports, answer.next_page_token
-
-        return Pages(page)
+        request = pb.ListPortsRequest(node=node, page_size=page_size, filter=filters)
+        return Pages(self._calls, self._stub.ListPorts, request, lambda answer: answer.ports)
 
     def drift(
         self,
@@ -101,13 +91,8 @@ class Nodes:
             severities=[enum_value(DriftSeverity, severity) for severity in severities],
             container=container,
         )
-
-        async def page(token: str) -> tuple[Iterable[Drift], str]:
-            request = pb.ListDriftRequest(node=node, page_size=page_size, page_token=token, filter=filters)
-            answer = await self._calls.read(self._stub.ListDrift, request)
-            return answer.drift, answer.next_page_token
-
-        return Pages(page)
+        request = pb.ListDriftRequest(node=node, page_size=page_size, filter=filters)
+        return Pages(self._calls, self._stub.ListDrift, request, lambda answer: answer.drift)
 
     async def comparison(self, node: str = "") -> Comparison:
         """Return when engine and store were last compared, and why a later comparison failed."""

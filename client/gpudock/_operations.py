@@ -198,6 +198,20 @@ class Operations:
         self.calls = calls
         self._stub = OperationServiceStub(channel)
 
+    def begin(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[Any, Any],
+        request: Any,  # noqa: ANN401 - a message of any operation's RPC
+        resource: Callable[[Any], T],
+    ) -> OperationCall[T]:
+        """Return the call of an RPC that begins an operation; `resource` reads its result."""
+        return OperationCall(
+            self,
+            begin=lambda: self.calls.stream(method, request),
+            validate_only=request.validate_only,
+            resource=resource,
+        )
+
     async def get(self, operation_id: str) -> pb.Operation:
         """Return an operation. Raises NotFound if the id is unknown or the operation is no longer kept."""
         answer = await self.calls.read(self._stub.GetOperation, service.GetOperationRequest(id=operation_id))
@@ -220,13 +234,8 @@ class Operations:
         )
         if container:
             filters.target.CopyFrom(pb.ResourceRef(kind=pb.RESOURCE_KIND_CONTAINER, name=container))
-
-        async def page(token: str) -> tuple[Iterable[pb.Operation], str]:
-            request = service.ListOperationsRequest(page_size=page_size, page_token=token, filter=filters)
-            answer = await self.calls.read(self._stub.ListOperations, request)
-            return answer.operations, answer.next_page_token
-
-        return Pages(page)
+        request = service.ListOperationsRequest(page_size=page_size, filter=filters)
+        return Pages(self.calls, self._stub.ListOperations, request, lambda answer: answer.operations)
 
     def watch(self, operation_id: str) -> OperationCall[Container | CommittedImage | Volume | None]:
         """Watch an operation; the result is that of its own RPC, or None for an operation without one."""

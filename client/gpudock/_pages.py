@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
-from typing import Generic, TypeVar
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from copy import deepcopy
+from typing import Any, Generic, TypeVar
+
+import grpc.aio
+
+from gpudock._calls import Calls
 
 T = TypeVar("T")
+Q = TypeVar("Q")
+R = TypeVar("R")
 
 
 class Pages(Generic[T]):
@@ -15,19 +22,29 @@ class Pages(Generic[T]):
     keeps that state; then start again.
     """
 
-    def __init__(self, page: Callable[[str], Awaitable[tuple[Iterable[T], str]]]) -> None:
-        """`page` returns the items of the page with a token, and the token of the next page (empty after the last)."""
-        self._page = page
+    def __init__(
+        self,
+        calls: Calls,
+        method: grpc.aio.UnaryUnaryMultiCallable[Q, R],
+        request: Q,
+        items: Callable[[R], Iterable[T]],
+    ) -> None:
+        """`request` is that of the first page; `items` returns the items of a response."""
+        self._calls = calls
+        self._method: grpc.aio.UnaryUnaryMultiCallable[Any, Any] = method
+        self._request: Any = request
+        self._items: Callable[[Any], Iterable[T]] = items
 
     async def __aiter__(self) -> AsyncIterator[T]:
         """Yield all items in order."""
-        token = ""
+        request = deepcopy(self._request)
         while True:
-            items, token = await self._page(token)
-            for item in items:
+            answer = await self._calls.read(self._method, request)
+            for item in self._items(answer):
                 yield item
-            if not token:
+            if not answer.next_page_token:
                 return
+            request.page_token = answer.next_page_token
 
     def __await__(self) -> Generator[object, None, list[T]]:
         """Return all items as a list."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import grpc.aio
 
-from gpudock._calls import Calls, Stream, request_id_or_new
+from gpudock._calls import Calls, request_id_or_new
 from gpudock._enums import enum_value
 from gpudock._operations import OperationCall, Operations
 from gpudock._pages import Pages
@@ -60,13 +60,8 @@ class Volumes:
     ) -> Pages[Volume]:
         """List volumes by name: with all `labels` (`""` matches any value), of an `owner`, on a `node`."""
         filters = pb.VolumeFilter(labels=labels or {}, owner=owner, node=node)
-
-        async def page(token: str) -> tuple[Iterable[Volume], str]:
-            request = pb.ListVolumesRequest(page_size=page_size, page_token=token, filter=filters)
-            answer = await self._calls.read(self._stub.ListVolumes, request)
-            return answer.volumes, answer.next_page_token
-
-        return Pages(page)
+        request = pb.ListVolumesRequest(page_size=page_size, filter=filters)
+        return Pages(self._calls, self._stub.ListVolumes, request, lambda answer: answer.volumes)
 
     def watch(
         self,
@@ -83,12 +78,8 @@ class Volumes:
         The filter is that of `list`. The volumes in the events have no `used_bytes`.
         """
         filters = pb.VolumeFilter(labels=labels or {}, owner=owner, node=node)
-
-        def begin(token: str) -> Stream:
-            request = pb.WatchVolumesRequest(filter=filters, resume_token=token, changes_only=changes_only)
-            return self._calls.stream(self._stub.WatchVolumes, request)
-
-        return Watch(self._calls, begin, resume_token, checkpoints=checkpoints)
+        request = pb.WatchVolumesRequest(filter=filters, resume_token=resume_token, changes_only=changes_only)
+        return Watch(self._calls, self._stub.WatchVolumes, request, checkpoints=checkpoints)
 
     def resize(
         self,
@@ -110,12 +101,7 @@ class Volumes:
             etag=etag,
             validate_only=validate_only,
         )
-        return OperationCall(
-            self._operations,
-            begin=lambda: self._calls.stream(self._stub.ResizeVolume, request),
-            validate_only=validate_only,
-            resource=_volume_of,
-        )
+        return self._operations.begin(self._stub.ResizeVolume, request, _volume_of)
 
     async def delete(self, name: str, *, force: bool = False, etag: str = "", request_id: str | None = None) -> None:
         """Delete a volume and its files; refused while a container mounts it.
@@ -133,13 +119,8 @@ class Volumes:
 
     def revisions(self, name: str, *, page_size: int = 0) -> Pages[VolumeRevision]:
         """List the revisions of a volume with their sizes, oldest first."""
-
-        async def page(token: str) -> tuple[Iterable[VolumeRevision], str]:
-            request = pb.ListVolumeRevisionsRequest(name=name, page_size=page_size, page_token=token)
-            answer = await self._calls.read(self._stub.ListVolumeRevisions, request)
-            return answer.revisions, answer.next_page_token
-
-        return Pages(page)
+        request = pb.ListVolumeRevisionsRequest(name=name, page_size=page_size)
+        return Pages(self._calls, self._stub.ListVolumeRevisions, request, lambda answer: answer.revisions)
 
     def adopt(
         self,
@@ -167,12 +148,7 @@ class Volumes:
             request_id=request_id_or_new(request_id),
             validate_only=validate_only,
         )
-        return OperationCall(
-            self._operations,
-            begin=lambda: self._calls.stream(self._stub.AdoptVolume, request),
-            validate_only=validate_only,
-            resource=_volume_of,
-        )
+        return self._operations.begin(self._stub.AdoptVolume, request, _volume_of)
 
 
 def _backend(word: str) -> VolumeBackend.ValueType:

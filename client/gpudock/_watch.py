@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import grpc
+import grpc.aio
 
 from gpudock._calls import Backoff, Calls, ReopenedStream, Stream
 from gpudock._operations import CONNECTION_LOST_CODES
@@ -39,14 +41,23 @@ class Watch(Generic[T]):
     task or calling `aclose` ends it.
     """
 
-    def __init__(self, calls: Calls, begin: Callable[[str], Stream], resume_token: str, *, checkpoints: bool) -> None:
-        """`begin` opens the stream after a token, which is empty at the beginning."""
+    def __init__(
+        self,
+        calls: Calls,
+        method: grpc.aio.UnaryStreamMultiCallable[Any, Any],
+        request: Any,  # noqa: ANN401 - a message of any watch's RPC
+        *,
+        checkpoints: bool,
+    ) -> None:
+        """`request` is the request of `method`; its token is empty at the beginning."""
         self._calls = calls
+        self._method = method
+        self._request = request
         # Before the first response, retry like any other call.
         self._backoff = Backoff(calls.retry_for)
         self._checkpoints = checkpoints
-        self._stream = ReopenedStream(lambda: begin(self.resume_token))
-        self.resume_token: str = resume_token
+        self._stream = ReopenedStream(self._open)
+        self.resume_token: str = request.resume_token
         """The position after the last event or checkpoint; empty before the first."""
 
     def __aiter__(self) -> AsyncIterator[WatchEvent[T]]:
@@ -74,6 +85,11 @@ class Watch(Generic[T]):
     async def aclose(self) -> None:
         """Stop watching; iterating again continues after the last event."""
         self._stream.drop()
+
+    def _open(self) -> Stream:
+        request = deepcopy(self._request)
+        request.resume_token = self.resume_token
+        return self._calls.stream(self._method, request)
 
     async def _response(self) -> Any:  # noqa: ANN401 - a message of any watch's RPC
         response = await self._stream.read()
