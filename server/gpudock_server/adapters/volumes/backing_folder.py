@@ -114,6 +114,12 @@ class BackingFolder:
         sync_directory(self.path)
         sync_directory(self.root)
 
+    async def record_size(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
+        """Write the record with another size; returns the changed backing."""
+        changed = backing.model_copy(update={"size_bytes": size_bytes})
+        await run_to_end(self.write, changed)
+        return changed
+
     async def remove(self) -> None:
         """Delete the folder. It is renamed first, so that the rest that a killed daemon leaves can be recognized.
 

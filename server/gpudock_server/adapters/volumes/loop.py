@@ -110,7 +110,7 @@ class LoopBackend(VolumeBackend):
             await self._ensure_attached(folder)
             async with self._view(folder, filesystem) as (view, mount):
                 await filesystem.grow(view, mount)
-            return await _record_size(folder, backing, size_bytes)
+            return await folder.record_size(backing, size_bytes)
 
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol. The image is truncated only after the filesystem has shrunk."""
@@ -125,7 +125,7 @@ class LoopBackend(VolumeBackend):
                 raise ProgramFailed(f"{filesystem.name} still uses {left} bytes; the image was not truncated")
             await run_to_end(os.truncate, folder.image, length)
             await self._ensure_attached(folder)
-            return await _record_size(folder, backing, size_bytes)
+            return await folder.record_size(backing, size_bytes)
 
     def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:
         """See the protocol."""
@@ -328,12 +328,6 @@ def _finish(folder: BackingFolder) -> None:
 def _extend_image(image: Path, length: int) -> None:
     if image.stat().st_size < length:
         os.truncate(image, length)
-
-
-async def _record_size(folder: BackingFolder, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-    changed = backing.model_copy(update={"size_bytes": size_bytes})
-    await run_to_end(folder.write, changed)
-    return changed
 
 
 def _mount_point(path: Path) -> None:

@@ -11,9 +11,10 @@ from gpudock_server.adapters.host.disk_usage import tree_bytes
 from gpudock_server.adapters.host.threads import run_to_end
 from gpudock_server.adapters.volumes.backing_folder import BackingDamaged, BackingFolder
 from gpudock_server.adapters.volumes.failures import volume_errors
+from gpudock_server.adapters.volumes.in_place import InPlaceBackend
 from gpudock_server.adapters.volumes.pool import pool_usage
 from gpudock_server.adapters.volumes.private_mounts import FilesLocation
-from gpudock_server.errors import SizeNotSupported, VolumeFailed
+from gpudock_server.errors import SizeNotSupported
 from gpudock_server.model.volume import (
     BackingOnDisk,
     PoolUsage,
@@ -22,12 +23,11 @@ from gpudock_server.model.volume import (
     VolumeIdentity,
     VolumeUsage,
 )
-from gpudock_server.ports import VolumeBackend
 
 _MEASURE_SECONDS: Final = 300.0
 
 
-class PlainBackend(VolumeBackend):
+class PlainBackend(InPlaceBackend):
     """Implements ports.VolumeBackend, for any engine, also one on another host.
 
     The engine keeps the files and deletes them with its volume. `folder` of a new backing is empty; the caller sets it
@@ -75,22 +75,6 @@ class PlainBackend(VolumeBackend):
         """See the protocol. Raises SizeNotSupported."""
         raise _no_size(backing.name, size_bytes)
 
-    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - required by the protocol
-        """See the protocol: never."""
-        return False
-
-    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002 - required by the protocol
-        """See the protocol: not supported."""
-        raise _no_replacement(backing)
-
-    async def content(self, backing: VolumeBacking) -> str:
-        """See the protocol."""
-        raise _no_replacement(backing)
-
-    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002 - required by the protocol
-        """See the protocol."""
-        raise _no_replacement(holder)
-
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
         """See the protocol. Measured with du, which takes time in proportion to the number of files."""
         async with self.open_files(backing) as folder:
@@ -125,8 +109,3 @@ class PlainBackend(VolumeBackend):
 
 def _no_size(name: str, size_bytes: int) -> SizeNotSupported:
     return SizeNotSupported(volume=name, size_bytes=size_bytes, detail="PLAIN volumes have no size")
-
-
-def _no_replacement(backing: VolumeBacking) -> VolumeFailed:
-    detail = "PLAIN volumes are never replaced"
-    return VolumeFailed(volume=backing.name, call="replace", detail=detail)

@@ -17,6 +17,7 @@ from gpudock_server.adapters.host.subprocesses import ProgramFailed, missing_pro
 from gpudock_server.adapters.host.threads import run_to_end
 from gpudock_server.adapters.volumes.backing_folder import BackingDamaged, BackingFolder, backings_on_disk
 from gpudock_server.adapters.volumes.failures import require_fitting, volume_errors
+from gpudock_server.adapters.volumes.in_place import InPlaceBackend
 from gpudock_server.adapters.volumes.pool import pool_usage, recorded_ids
 from gpudock_server.adapters.volumes.private_mounts import FilesLocation
 from gpudock_server.adapters.volumes.quota_table import (
@@ -28,7 +29,7 @@ from gpudock_server.adapters.volumes.quota_table import (
     round_up,
     set_limit,
 )
-from gpudock_server.errors import SizeNotSupported, VolumeFailed
+from gpudock_server.errors import SizeNotSupported
 from gpudock_server.model.volume import (
     BackingOnDisk,
     PoolUsage,
@@ -37,7 +38,6 @@ from gpudock_server.model.volume import (
     VolumeIdentity,
     VolumeUsage,
 )
-from gpudock_server.ports import VolumeBackend
 
 # Far from ids that people choose, and from those of dockerd, which counts up from the id of its data folder.
 PROJECT_IDS: Final = range(0x6770_0000, 0x6778_0000)
@@ -49,7 +49,7 @@ _ENABLE_ADVICE: Final = (
 )
 
 
-class ProjectQuotaBackend(VolumeBackend):
+class ProjectQuotaBackend(InPlaceBackend):
     """Implements ports.VolumeBackend.
 
     `root` is the folder of all backings, on a filesystem mounted with project quotas; `local`: the engine runs on this
@@ -138,7 +138,7 @@ class ProjectQuotaBackend(VolumeBackend):
         folder = self._folder(backing)
         with volume_errors("grow", backing.name, self._root):
             await self._limit(folder, backing, size_bytes)
-            return await _record_size(folder, backing, size_bytes)
+            return await folder.record_size(backing, size_bytes)
 
     async def shrink(self, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
         """See the protocol. If data was written between the check and the new limit, the old limit is restored."""
@@ -153,23 +153,7 @@ class ProjectQuotaBackend(VolumeBackend):
                 await set_limit(mount, backing.project_id, backing.size_bytes)
                 require_fitting(backing, await self._usage(folder, backing), size_bytes)
                 await set_limit(mount, backing.project_id, size_bytes)
-            return await _record_size(folder, backing, size_bytes)
-
-    def needs_copy(self, backing: VolumeBacking, size_bytes: int) -> bool:  # noqa: ARG002 - required by the protocol
-        """See the protocol: never."""
-        return False
-
-    async def replacement(self, backing: VolumeBacking, uid: str, size_bytes: int) -> VolumeBacking:  # noqa: ARG002 - required by the protocol
-        """See the protocol: not supported."""
-        raise _no_replacement(backing)
-
-    async def content(self, backing: VolumeBacking) -> str:
-        """See the protocol."""
-        raise _no_replacement(backing)
-
-    async def exchange(self, holder: VolumeBacking, other: VolumeBacking, content: str) -> None:  # noqa: ARG002 - required by the protocol
-        """See the protocol."""
-        raise _no_replacement(holder)
+            return await folder.record_size(backing, size_bytes)
 
     async def usage(self, backing: VolumeBacking) -> VolumeUsage:
         """See the protocol."""
@@ -248,17 +232,6 @@ def _statvfs_both(data: Path, root: Path) -> tuple[os.statvfs_result, os.statvfs
     return os.statvfs(data), os.statvfs(root)
 
 
-async def _record_size(folder: BackingFolder, backing: VolumeBacking, size_bytes: int) -> VolumeBacking:
-    changed = backing.model_copy(update={"size_bytes": size_bytes})
-    await run_to_end(folder.write, changed)
-    return changed
-
-
 def _make_folder(data: Path) -> None:
     data.mkdir(mode=0o755, exist_ok=True)
     data.chmod(0o755)
-
-
-def _no_replacement(backing: VolumeBacking) -> VolumeFailed:
-    detail = "PROJECT_QUOTA volumes are never replaced"
-    return VolumeFailed(volume=backing.name, call="replace", detail=detail)
