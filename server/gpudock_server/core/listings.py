@@ -16,7 +16,7 @@ _PAGE_SIZE = 500
 _MAX_READS = 10
 
 
-class ListRequest(Protocol[T]):
+class StoreListing(Protocol[T]):
     """A paged listing of the store."""
 
     async def __call__(self, *, page_size: int, page_token: str) -> Page[T]:
@@ -24,7 +24,7 @@ class ListRequest(Protocol[T]):
         ...
 
 
-async def read_all_pages(listing: ListRequest[T]) -> Page[T]:
+async def read_all_pages(listing: StoreListing[T]) -> Page[T]:
     """The complete listing as one page, as of one store revision.
 
     Where etcd is compacted between two pages, it no longer has the revision of the first page: the listing is then read
@@ -43,7 +43,7 @@ async def read_all_pages(listing: ListRequest[T]) -> Page[T]:
     raise StoreUnavailable(detail=f"the store was compacted during {_MAX_READS} reads of one listing")
 
 
-async def _pages(listing: ListRequest[T]) -> AsyncIterator[Page[T]]:
+async def _pages(listing: StoreListing[T]) -> AsyncIterator[Page[T]]:
     token = ""
     while True:
         page = await listing(page_size=_PAGE_SIZE, page_token=token)

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from gpudock_server.core.listings import ListRequest as StoreListing
+from gpudock_server.core.listings import StoreListing
 from gpudock_server.errors import FieldViolation, InvalidArgument
 from gpudock_server.rpc.list_requests import ListRequest
 

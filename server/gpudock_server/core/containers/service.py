@@ -194,10 +194,7 @@ class Containers(Commands):
 
     async def get(self, name: str) -> ContainerView:
         """A container of any node. Raises ContainerNotFound."""
-        view = await self._containers.view(name)
-        if view is None:
-            raise await self._containers.not_found_error(name)
-        return view
+        return await self._containers.get(name)
 
     async def list(self, *, page_size: int, page_token: str) -> Page[ContainerView]:
         """List the containers of all nodes by name. Raises ResumeTokenExpired."""

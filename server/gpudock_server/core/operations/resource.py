@@ -69,14 +69,19 @@ class Resource(ABC, Generic[V]):
         view = await self.view(ref.name)
         return view if view is not None and self.record(view).uid == ref.uid else None
 
+    async def get(self, name: str) -> V:
+        """The view of a resource of any node. Raises the error for a resource that is not found."""
+        view = await self.view(name)
+        if view is None:
+            raise await self.not_found_error(name)
+        return view
+
     async def find(self, name: str, etag: str = "") -> V:
         """The view of a resource of this node. A non-empty `etag` must be the current one.
 
         Raises the errors for a resource that is not found, of another node, or changed since.
         """
-        view = await self.view(name)
-        if view is None:
-            raise await self.not_found_error(name)
+        view = await self.get(name)
         record = self.record(view)
         await self.require_this_node(record)
         if etag and etag != record.etag:

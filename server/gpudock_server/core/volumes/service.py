@@ -99,16 +99,10 @@ class Volumes(Commands):
 
     async def get(self, name: str) -> VolumeDetails:
         """A volume of any node. Raises VolumeNotFound."""
-        view = await self._view(name)
+        view = await self._volumes.get(name)
         holders = await containers_mounting(self._store, name)
         names = tuple(holder.container.name for holder in holders)
         return VolumeDetails(view, names, await self._used_bytes(view.volume))
-
-    async def _view(self, name: str) -> VolumeView:
-        view = await self._volumes.view(name)
-        if view is None:
-            raise await self._volumes.not_found_error(name)
-        return view
 
     async def list(self, *, page_size: int, page_token: str) -> Page[VolumeDetails]:
         """List the volumes of all nodes by name. Raises ResumeTokenExpired.
@@ -145,7 +139,7 @@ class Volumes(Commands):
 
     async def revisions(self, name: str, *, page_size: int, page_token: str) -> Page[VolumeRevision]:
         """A volume's history, oldest first. Raises VolumeNotFound, ResumeTokenExpired."""
-        volume = (await self._view(name)).volume
+        volume = (await self._volumes.get(name)).volume
         return await self._store.volume_revisions(volume.uid, page_size=page_size, page_token=page_token)
 
     async def run(self, command: Command, request: RequestKey | None) -> VolumeDetails:
