@@ -255,16 +255,16 @@ class ChangePlan(Record):
 def _with_method(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """A plan from the arguments of the version that recorded a flag for each thing that a change does."""
     true = {name for name in _FLAGS if recorded.get(name)}
-    in_place = ChangeMethod.RESTART if "start" in true else ChangeMethod.IN_PLACE
-    running = ContainerState.PAUSED if "frozen" in true else ContainerState.RUNNING
-    exits = AllowedExits.NONE if "must_live" in true else AllowedExits.ZERO
+    method_without_successor = ChangeMethod.RESTART if "start" in true else ChangeMethod.IN_PLACE
+    active_state = ContainerState.PAUSED if "frozen" in true else ContainerState.RUNNING
+    allowed_exits = AllowedExits.NONE if "must_live" in true else AllowedExits.ZERO
     watched = "start" in true and not true.isdisjoint({"replace", "verify"})
     return {name: value for name, value in recorded.items() if name not in (*_FLAGS, "carry")} | {
-        "method": ChangeMethod.REPLACE if "replace" in true else in_place,
-        "old_state": running if "was_running" in true else ContainerState.STOPPED,
-        # A running process runs afterwards, too: the process of no container was ever stopped only.
+        "method": ChangeMethod.REPLACE if "replace" in true else method_without_successor,
+        "old_state": active_state if "was_running" in true else ContainerState.STOPPED,
+        # No change stopped a process without starting one, so what ran before the change runs after it.
         "runs": not true.isdisjoint({"start", "was_running"}),
-        "allowed_exits": (AllowedExits.ANY if "may_end" in true else exits) if watched else None,
+        "allowed_exits": (AllowedExits.ANY if "may_end" in true else allowed_exits) if watched else None,
         "transfer": {"method": recorded.get("carry", LayerTransferMethod.NONE)},
     }
 

@@ -138,7 +138,7 @@ class ChangeSaga(Saga[ContainerView]):
         )
 
     def _replace(self) -> tuple[Step, ...]:
-        """The successor has its files before it starts; what can be done before the old process stops, is."""
+        """The successor gets its files before it starts. What can be done while the old process runs comes first."""
         source, keep = self._plan.source, self._keep
         transfers = source.files is SuccessorFiles.CARRY
         return (
