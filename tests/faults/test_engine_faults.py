@@ -17,6 +17,7 @@ from tests.calls import Caller, failure_of
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.faults.invariants import SHOW_FILES, WRITE_FILES, require_absent, require_consistent
 from tests.rig import Daemon, EngineProxy, Fault, Rig
+from tests.rig.patience import limit
 
 pytestmark = pytest.mark.deep
 
@@ -45,7 +46,7 @@ FAULTS: dict[str, InjectFault] = {
 @asynccontextmanager
 async def _daemon_behind(rig: Rig, proxy: EngineProxy, kind: str) -> AsyncIterator[tuple[Daemon, Caller]]:
     # A hanging call is waited for until this timeout; without one, a slow engine must not be taken for a hanging one.
-    timeout = "2.5" if "hangs" in kind else "20"
+    timeout = f"{limit(2.5 if 'hangs' in kind else 20):g}"
     daemon = await rig.start_daemon(*FAST_FLAGS, *own_state_flags(), "--engine-timeout", timeout, docker_host=proxy.url)
     try:
         async with Caller(daemon.target) as caller:

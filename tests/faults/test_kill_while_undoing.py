@@ -12,12 +12,16 @@ from tests.calls import Caller, failure
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.faults.invariants import SHOW_FILES, WRITE_FILES, require_absent, require_consistent
 from tests.rig import Daemon, EngineProxy
+from tests.rig.patience import limit
 
 __all__ = ["daemons"]
 
 pytestmark = pytest.mark.deep
 
-_TIMEOUT = ("--engine-timeout", "2")
+
+def _timeout_flags() -> tuple[str, str]:
+    """A short timeout, because the undo waits for hanging calls."""
+    return "--engine-timeout", f"{limit(2):g}"
 
 
 async def _kill_while_undoing(caller: Caller, daemon: Daemon, call: asyncio.Task[object]) -> str:
@@ -45,7 +49,7 @@ async def _ended_operation(caller: Caller, operation_id: str) -> operation_pb2.O
 
 
 async def test_the_undo_of_a_create_is_completed(daemons: IsolatedDaemons, engine_proxy: EngineProxy) -> None:
-    daemon = await daemons.start(*_TIMEOUT, docker_host=engine_proxy.url)
+    daemon = await daemons.start(*_timeout_flags(), docker_host=engine_proxy.url)
     engine_proxy.faults.fail("POST", "/containers/[^/]+/start")
     engine_proxy.faults.hang("DELETE", "/containers/.*", times=None)
     async with Caller(daemon.target) as caller:
@@ -68,7 +72,7 @@ async def test_the_undo_of_a_create_is_completed(daemons: IsolatedDaemons, engin
 async def test_the_undo_of_a_scale_is_completed(
     daemons: IsolatedDaemons, engine_proxy: EngineProxy, carry: str
 ) -> None:
-    flags = (*_TIMEOUT, "--layer-carry", carry)
+    flags = (*_timeout_flags(), "--layer-carry", carry)
     daemon = await daemons.start(*flags, docker_host=engine_proxy.url)
     async with Caller(daemon.target) as caller:
         await caller.create("kept", 2)

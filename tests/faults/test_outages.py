@@ -41,7 +41,7 @@ async def _daemon(rig: Rig, *flags: str) -> AsyncIterator[tuple[Daemon, EnginePr
             *FAST_FLAGS,
             *own_state_flags(),
             "--engine-timeout",
-            "20",
+            f"{limit(20):g}",
             "--orphan-grace",
             "0",
             *flags,
@@ -157,7 +157,7 @@ async def test_etcd_is_away_in_the_middle_of_a_scale(fragile_rig: Rig, stage: st
 async def test_a_scale_is_refused_while_etcd_is_away(fragile_rig: Rig, how: str) -> None:
     etcd = fragile_rig.etcd
     down, up = (etcd.kill9, etcd.start) if how == "stopped" else (etcd.pause, etcd.resume)
-    async with _daemon(fragile_rig, "--store-timeout", "1") as (_, _proxy, caller):
+    async with _daemon(fragile_rig, "--store-timeout", f"{limit(1):g}") as (_, _proxy, caller):
         files = await _create_with_files(caller)
         await asyncio.to_thread(down)
         outcome = await _scale_outcome(caller)

@@ -18,6 +18,7 @@ from tests.calls import Caller, Failure, failure, failure_of
 from tests.conftest import FAST_FLAGS, own_state_flags
 from tests.engine.loop_devices import loop_devices_below
 from tests.rig import Daemon, EngineProxy, Rig
+from tests.rig.patience import limit
 from tests.stateful.model import GROUP, ExpectedContainer, ExpectedVolume, State, containers_mounting
 from tests.stateful.observation import EngineView, Observation, files_of, writable_layer
 from tests.stateful.requests import spec_of
@@ -77,7 +78,7 @@ class ModelledHost:
             *FAST_FLAGS,
             *own_state_flags(),
             "--engine-timeout",
-            "5",
+            f"{limit(5):g}",
             "--orphan-grace",
             "0",
             "--reconcile-interval",
