@@ -21,7 +21,7 @@ _INTERRUPTED = 130
 _NODE = "gpu1"
 
 _ON_A_REAL_HOST = """\
-On a real host, as root, with the NVIDIA driver, Docker and the NVIDIA container toolkit (README.md has the rest):
+On a GPU host, as root, with the NVIDIA driver, Docker and the NVIDIA container toolkit (see README.md):
 
   make install
   systemctl enable gpudock-volumes
@@ -43,9 +43,9 @@ def main() -> int:
         screen.fail(str(error))
         return 1
     except KeyboardInterrupt:
-        screen.remark("\ninterrupted; the engine, the store and everything in them are gone")
+        screen.remark("\ninterrupted; the engine, the store and their data are removed")
         return _INTERRUPTED
-    screen.verified(f"shown and verified in {time.monotonic() - begin:.0f} s; nothing of it is left on this machine\n")
+    screen.verified(f"all steps verified in {time.monotonic() - begin:.0f} s; nothing is left on this machine\n")
     screen.remark(_ON_A_REAL_HOST)
     return 0
 

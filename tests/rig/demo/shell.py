@@ -35,7 +35,7 @@ class CommandOutput:
     """The stdout of a command, and the time of each line in seconds of the monotonic clock."""
 
     text: str
-    moments: tuple[float, ...]
+    times: tuple[float, ...]
 
     @property
     def lines(self) -> list[str]:
@@ -69,7 +69,7 @@ class Shell:
         name, *words = shlex.split(line)
         program = [sys.executable, "-m", "gpudock.cli"] if name == "gpudock" else [name]
         lines: list[str] = []
-        moments: list[float] = []
+        times: list[float] = []
         # Progress is written to stderr, which is the terminal itself, so that it can be redrawn there.
         with subprocess.Popen(
             [*program, *words],
@@ -81,14 +81,14 @@ class Shell:
             assert child.stdout is not None
             try:
                 for text in map(bytes.decode, child.stdout):
-                    moments.append(time.monotonic())
+                    times.append(time.monotonic())
                     lines.append(text)
                     self._screen.output(text)
             except BaseException:
                 child.kill()
                 raise
         expect(child.returncode == 0, f"`{line}` to succeed; it ended with {child.returncode}")
-        return CommandOutput("".join(lines), tuple(moments))
+        return CommandOutput("".join(lines), tuple(times))
 
     def fetch(self, port: str) -> str:
         """Request / of a published port in the rig's network namespace, and show it. Returns the answer."""

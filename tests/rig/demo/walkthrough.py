@@ -69,27 +69,27 @@ class Walkthrough:
         self._delete()
 
     def _create(self) -> None:
-        self._screen.step("A container with two GPUs and a published port")
+        self._screen.step("Create a container with two GPUs and a published port")
         made = self._shell.run(f"gpudock create train {IMAGE} --gpus 2 -p 8888")
         self._port = self._require_running(made, gpus=2)
         self._require_free(_GPUS - 2)
 
     def _exec(self) -> None:
-        self._screen.step("A command in it, its output as it comes")
-        shown = self._shell.run("gpudock exec train -- train")
+        self._screen.step("Run a command; its output is printed as it comes")
+        output = self._shell.run("gpudock exec train -- train")
         expected = [f"epoch {number}/{_EPOCHS} on 2 GPUs" for number in range(1, _EPOCHS + 1)]
-        expect([line.partition(":")[0] for line in shown.lines] == expected, f"the lines {expected}")
-        took = shown.moments[-1] - shown.moments[0]
-        expect(took > _STREAMED_S, f"lines over more than {_STREAMED_S} s; all came within {took:.2f} s")
-        self._screen.verified(f"{_EPOCHS} lines came one by one, over {took:.1f} s")
+        expect([line.partition(":")[0] for line in output.lines] == expected, f"the lines {expected}")
+        took = output.times[-1] - output.times[0]
+        expect(took > _STREAMED_S, f"the lines to be printed over more than {_STREAMED_S} s, not {took:.2f} s")
+        self._screen.verified(f"{_EPOCHS} lines were printed over {took:.1f} s")
 
     def _write(self) -> None:
-        self._screen.step("Files: one changed, one of the image deleted, a new one of 8 MiB with a hard link to it")
+        self._screen.step("Change a file, delete a file of the image, write 8 MiB with a hard link")
         self._shell.run(_WRITE_FILES)
         self._files = files = self._require_devices(gpus=2)
-        expect("old.html" not in "".join(files), "the image's file to be gone")
+        expect("old.html" not in "".join(files), "the file of the image to be deleted")
         links = {line.split()[-1]: line.split()[1] for line in files if line.startswith("-")}
-        expect(links.get("model.bin") == links.get("best.bin") == "2", "two names for one file of two links")
+        expect(links.get("model.bin") == links.get("best.bin") == "2", "two hard links to one file")
         self._require_page()
 
     def _scale(self, gpus: int) -> None:
@@ -99,35 +99,38 @@ class Walkthrough:
         port = self._require_running(scaled, gpus=gpus)
         expect(port == self._port, f"the same port {self._port}, not {port}")
         files = self._require_devices(gpus)
-        expect(before <= self._held or self._held <= before, "the GPUs that it keeps to be the same ones")
+        expect(before <= self._held or self._held <= before, "the container to keep its GPUs")
         expect(files == self._files, "the same files, links, times and content as before")
         self._require_page()
-        self._screen.verified(f"{_gpus(gpus)}, the same port, and every file as it was")
+        self._screen.verified(f"{_gpus(gpus)}, the same port, and all files unchanged")
 
     def _stop(self) -> None:
-        self._screen.step("Stop: its GPUs and ports are free, its files stay")
+        self._screen.step("Stop: GPUs and ports are released, files are kept")
         row = _only_row(self._shell.run("gpudock stop train"))
-        expect((row["STATE"], row["GPUS"], row["PORTS"]) == ("STOPPED", "0", ""), "a container that holds nothing")
+        expect(
+            (row["STATE"], row["GPUS"], row["PORTS"]) == ("STOPPED", "0", ""),
+            "a stopped container without GPUs and ports",
+        )
         self._require_free(_GPUS)
 
     def _start(self) -> None:
-        self._screen.step("Start: with as many GPUs as before")
+        self._screen.step("Start: the container gets as many GPUs as before")
         self._port = self._require_running(self._shell.run("gpudock start train"), gpus=1)
         expect(self._require_devices(gpus=1) == self._files, "the same files, links, times and content as before")
         self._require_page()
-        self._screen.verified(f"{_gpus(1)}, and every file as it was")
+        self._screen.verified(f"{_gpus(1)}, and all files unchanged")
 
     def _delete(self) -> None:
         self._screen.step("Delete")
         self._shell.run("gpudock delete train --force")
-        expect(not self._shell.run("gpudock list").rows, "no container to be left")
+        expect(not self._shell.run("gpudock list").rows, "an empty list of containers")
         self._require_free(_GPUS)
 
-    def _require_running(self, shown: CommandOutput, gpus: int) -> str:
+    def _require_running(self, output: CommandOutput, gpus: int) -> str:
         """Verify the container's row; returns the host port."""
-        row = _only_row(shown)
-        expect(row["NAME"] == "train", "the line of train")
-        expect(row["STATE"] == "RUNNING", f"it to be RUNNING, not {row['STATE']}")
+        row = _only_row(output)
+        expect(row["NAME"] == "train", "the row of train")
+        expect(row["STATE"] == "RUNNING", f"train to be RUNNING, not {row['STATE']}")
         expect(row["GPUS"] == str(gpus), f"{gpus} GPUs, not {row['GPUS']}")
         host, _, inside = row["PORTS"].partition("->")
         expect(host.isdecimal() and inside == "8888/tcp", f"port 8888 to be published, not {row['PORTS']!r}")
@@ -143,11 +146,11 @@ class Walkthrough:
     def _require_devices(self, gpus: int) -> list[str]:
         """Verify that the container has exactly the devices of its GPUs. Returns the lines about its files."""
         held = {row["INDEX"] for row in self._shell.run("gpudock gpus --container train").rows}
-        expect(len(held) == gpus, f"it to hold {_gpus(gpus)}, not {len(held)}")
+        expect(len(held) == gpus, f"train to hold {_gpus(gpus)}, not {len(held)}")
         lines = self._shell.run(_SHOW_FILES).lines
         devices = {line for line in lines if line.startswith("nvidia")}
         expected = {f"nvidia{index}" for index in held}
-        expect(devices == expected, f"the devices {sorted(expected)} in it, not {sorted(devices)}")
+        expect(devices == expected, f"the devices {sorted(expected)} in the container, not {sorted(devices)}")
         self._held = held
         return [line for line in lines if line not in devices]
 
@@ -156,8 +159,8 @@ class Walkthrough:
         expect(page == _PAGE, f"the page {_PAGE!r}, not {page!r}")
 
 
-def _only_row(shown: CommandOutput) -> dict[str, str]:
-    rows = shown.rows
+def _only_row(output: CommandOutput) -> dict[str, str]:
+    rows = output.rows
     expect(len(rows) == 1, f"a table of one line, not {len(rows)}")
     return rows[0]
 
