@@ -22,6 +22,5 @@ async def daemon_killer(clean_engine: Rig, request: pytest.FixtureRequest) -> As
     yield daemon_killer
     await daemon_killer.end()
     clean_engine.engine.remove_all()
-    images = clean_engine.engine.call("GET", "/images/json")
-    if COMMITTED in {tag for image in images for tag in image["RepoTags"] or ()}:
+    if COMMITTED in clean_engine.engine.image_ids():
         clean_engine.engine.call("DELETE", f"/images/{COMMITTED}")

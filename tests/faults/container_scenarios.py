@@ -387,9 +387,7 @@ def commit(rig: Rig, _folder: Path) -> KillScenario:
         await require_consistent(caller, rig, "subject")
         request = operation_service_pb2.ListOperationsRequest(page_size=1)
         (last,) = (await caller.operations.ListOperations(request)).operations
-        images = {
-            tag: image["Id"] for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()
-        }
+        images = rig.engine.image_ids()
         assert not [tag for tag in images if tag.startswith(("gpudock/raw:", "gpudock/commit:"))]
         if last.kind != operation_pb2.OPERATION_KIND_COMMIT_CONTAINER:
             return

@@ -35,8 +35,7 @@ def engine_containers_of(rig: Rig, name: str) -> list[dict[str, Any]]:
 
 def layer_images(rig: Rig) -> set[str]:
     """The names of images with files of containers, also of those that killed daemons of other tests have left."""
-    tags = [tag for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
-    return {tag for tag in tags if tag.startswith("gpudock/layer")}
+    return {name for name in rig.engine.image_ids() if name.startswith("gpudock/layer")}
 
 
 def bound_host_paths(rig: Rig) -> list[str]:

@@ -124,11 +124,6 @@ async def test_scale_with_a_fault_in_each_engine_call(clean_engine: Rig, engine_
         assert outcomes[-1] == ""
 
 
-def _images(rig: Rig) -> dict[str, str]:
-    """The id of each image by its name."""
-    return {tag: image["Id"] for image in rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()}
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["refused", "refused, but done", "dropped", "dropped, but done"])
 async def test_commit_with_a_fault_in_each_engine_call(clean_engine: Rig, engine_proxy: EngineProxy, kind: str) -> None:
@@ -138,7 +133,7 @@ async def test_commit_with_a_fault_in_each_engine_call(clean_engine: Rig, engine
         await caller.create("subject", 2, ports=[_PORT])
         before = (await caller.commit("subject", "gpudock/subject", tag="test")).id
         # Daemons of other tests, killed during a commit, may have left images.
-        others = _images(rig)
+        others = rig.engine.image_ids()
         outcomes = []
         made = ""
 
@@ -151,7 +146,7 @@ async def test_commit_with_a_fault_in_each_engine_call(clean_engine: Rig, engine
             outcomes.append(reason)
             await caller.until_idle()
             await require_consistent(caller, rig, "subject")
-            images = _images(rig)
+            images = rig.engine.image_ids()
             assert images["gpudock/subject:test"] == (made or before), reason
             assert not [tag for tag in images if tag.startswith(_INTERMEDIATE_IMAGES) and tag not in others], reason
             before = made or before

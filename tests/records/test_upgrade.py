@@ -157,7 +157,7 @@ def _make_engine_state(rig: Rig, recording: Recording, state_dir: Path) -> dict[
     Returns the records with the ids and paths of this engine.
     """
     engine = rig.engine
-    images = {tag: image["Id"] for image in engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()}
+    images = engine.image_ids()
     names = {recording.engine["state_dir"]: str(state_dir)}
     for volume, had in recording.engine["volumes"].items():
         send = {"Name": volume, "Driver": had["Driver"], "Labels": _replaced(had["Labels"], names)}

@@ -200,6 +200,10 @@ class Engine:
         self.call("POST", f"/containers/{container}/start")
         self.call("DELETE", f"/containers/{container}", query={"force": "1", "v": "1"})
 
+    def image_ids(self) -> dict[str, str]:
+        """The ids of all images with a name, by `repository:tag`."""
+        return {tag: image["Id"] for image in self.call("GET", "/images/json") for tag in image["RepoTags"] or ()}
+
     def remove_all(self) -> None:
         """Remove every container, then every volume; images stay."""
         for container in self.call("GET", "/containers/json", query={"all": "1"}):
