@@ -74,7 +74,7 @@ def main() -> int:
 
 def _render() -> int:
     try:
-        text = document.rendered(document.DOCUMENT.read_text(encoding="utf-8"))
+        text = document.render(document.DOCUMENT.read_text(encoding="utf-8"))
     except document.MarkerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

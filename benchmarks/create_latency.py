@@ -54,7 +54,7 @@ def _ways(environment: Environment, caller: Caller, gpus: int) -> dict[str, Meas
     numbers = itertools.count()
     uuids = environment.rig.gpus.uuids[-gpus:] if gpus else []
 
-    async def ours() -> float:
+    async def by_gpudock() -> float:
         name = f"bench-{next(numbers)}"
         watch = Stopwatch()
         await caller.create(name, gpus)
@@ -62,13 +62,13 @@ def _ways(environment: Environment, caller: Caller, gpus: int) -> dict[str, Meas
         await caller.delete(name)
         return taken
 
-    async def theirs() -> float:
+    async def by_docker() -> float:
         name = f"docker-{next(numbers)}"
         taken = await environment.docker.time("run", "-d", "--name", name, *docker_gpus(uuids), IMAGE, *IDLE)
         await environment.discard(name)
         return taken
 
-    async def bare() -> float:
+    async def by_engine_api() -> float:
         request = {"Image": IMAGE, "Cmd": list(IDLE), "HostConfig": device_requests(uuids)}
         watch = Stopwatch()
         made = (await environment.engine("POST", "/containers/create", send=request))["Id"]
@@ -77,20 +77,20 @@ def _ways(environment: Environment, caller: Caller, gpus: int) -> dict[str, Meas
         await environment.discard(made)
         return taken
 
-    return {"gpudock": ours, "docker run -d": theirs, "engine API": bare}
+    return {"gpudock": by_gpudock, "docker run -d": by_docker, "engine API": by_engine_api}
 
 
 def _ways_at_once(environment: Environment, caller: Caller) -> dict[str, Measure]:
     names = [f"many-{number}" for number in range(_AT_ONCE)]
 
-    async def ours() -> float:
+    async def by_gpudock() -> float:
         watch = Stopwatch()
         await asyncio.gather(*(caller.create(name, 1) for name in names))
         taken = watch.ms
         await asyncio.gather(*(caller.delete(name) for name in names))
         return taken
 
-    async def theirs() -> float:
+    async def by_docker() -> float:
         gpu_uuids = environment.rig.gpus.uuids
         commands = [
             ["run", "-d", "--name", name, *docker_gpus([uuid]), IMAGE, *IDLE]
@@ -100,4 +100,4 @@ def _ways_at_once(environment: Environment, caller: Caller) -> dict[str, Measure
         await asyncio.gather(*(environment.discard(name) for name in names))
         return taken
 
-    return {"gpudock": ours, f"{_AT_ONCE} docker run -d": theirs}
+    return {"gpudock": by_gpudock, f"{_AT_ONCE} docker run -d": by_docker}

@@ -24,7 +24,7 @@ class MarkerError(Exception):
     """The markers of the document are wrong, or the named samples cannot be read."""
 
 
-def rendered(text: str, results: Path = RESULTS) -> str:
+def render(text: str, results: Path = RESULTS) -> str:
     """The document with the tables between its markers made from their samples. Raises MarkerError."""
     found = list(MARKED.finditer(text))
     if any(len(found) != text.count(f"\n{mark}") for mark in (_BEGIN, _END)):
@@ -32,7 +32,7 @@ def rendered(text: str, results: Path = RESULTS) -> str:
     return MARKED.sub(lambda match: _block(match["names"], results), text)
 
 
-def shown(text: str) -> set[str]:
+def shown_results(text: str) -> set[str]:
     """The names of the results in a document."""
     return {name for match in MARKED.finditer(text) for name in match["names"].split()}
 

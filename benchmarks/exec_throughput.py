@@ -34,13 +34,15 @@ async def measure_exec(environment: Environment) -> list[Row]:
         container = await caller.create(_NAME, image=GLIBC)
         engine_id = container.status.engine_id
 
-        async def our_first_byte() -> float:
+        async def first_byte_by_gpudock() -> float:
             return await _first_byte(caller, "echo", "hello")
 
-        async def their_first_byte() -> float:
+        async def first_byte_by_docker() -> float:
             return await environment.docker.time_first_byte("exec", engine_id, "echo", "hello")
 
-        first_byte = await compare(environment.rounds(40), {"gpudock": our_first_byte, "docker exec": their_first_byte})
+        first_byte = await compare(
+            environment.rounds(40), {"gpudock": first_byte_by_gpudock, "docker exec": first_byte_by_docker}
+        )
 
         rows = [versus(first_byte, "gpudock", "docker exec", name="exec first byte", unit=Unit.MS, target=Target(1.0))]
         amount = (1 << 28) if environment.quick else (1 << 30)
@@ -48,14 +50,14 @@ async def measure_exec(environment: Environment) -> list[Row]:
         head = ["head", "-c", str(amount), "/dev/zero"]
         dd = ["dd", "if=/dev/zero", "bs=64k", f"count={amount >> 16}", "status=none"]
         for command in (head, dd):
-            rows += await _output(environment, daemon, engine_id, command, amount)
+            rows += await _measure_output(environment, daemon, engine_id, command, amount)
     return rows
 
 
-async def _output(
+async def _measure_output(
     environment: Environment, daemon: Daemon, engine_id: str, command: list[str], amount: int
 ) -> list[Row]:
-    async def ours() -> float:
+    async def by_gpudock() -> float:
         return amount / 1e3 / await _read_in_process("client", daemon.target, amount, command, experiments=_LEAN)
 
     async def as_it_comes() -> float:
@@ -69,18 +71,18 @@ async def _output(
         script = f"GRPC_EXPERIMENTS={experiments} {program} {shlex.join(command)} | cat >/dev/null"
         return amount / 1e3 / await environment.docker.time_shell(script)
 
-    async def theirs() -> float:
+    async def by_docker() -> float:
         script = f"docker exec {engine_id} {shlex.join(command)} | cat >/dev/null"
         return amount / 1e3 / await environment.docker.time_shell(script)
 
     pipe = "docker exec, piped to cat"
     sides: dict[str, Measure] = {
-        "gpudock": ours,
+        "gpudock": by_gpudock,
         "gpudock, as it comes": as_it_comes,
         "gpudock, stubs": stubs,
         "command": partial(command_line, _LEAN),
         "command, as it comes": partial(command_line, _NONE),
-        pipe: theirs,
+        pipe: by_docker,
     }
     samples = await compare(environment.rounds(12), sides)
     name = f"exec output, {amount >> 20} MiB of {command[0]}"

@@ -64,13 +64,13 @@ class Row:
         object.__setattr__(self, "samples", kept)
 
     @property
-    def ours(self) -> float:
+    def figure(self) -> float:
         """The figure of gpudock."""
         samples = next(iter(self.samples.values()))
         return statistics.median(samples) if self.percent == _MEDIAN else percentile(samples, self.percent)
 
     @property
-    def theirs(self) -> float | None:
+    def other_figure(self) -> float | None:
         """The median of the other side; None without one."""
         return None if len(self.samples) < _SIDES else statistics.median(list(self.samples.values())[1])
 
@@ -79,15 +79,17 @@ class Row:
         """The ratio of both sides, round by round; None without another side, or if one of its samples is 0."""
         if len(self.samples) < _SIDES:
             return None
-        ours, theirs = self.samples.values()
-        return Ratio.of([one / two for one, two in zip(ours, theirs, strict=True)]) if all(theirs) else None
+        first, second = self.samples.values()
+        if not all(second):
+            return None
+        return Ratio.of([sample / other for sample, other in zip(first, second, strict=True)])
 
     @property
     def met(self) -> bool | None:
         """Whether the target is met; None without a target."""
         if self.target is None:
             return None
-        return self.target.met_by(self.ours if self.ratio is None else self.ratio.median)
+        return self.target.met_by(self.figure if self.ratio is None else self.ratio.median)
 
     @property
     def cells(self) -> list[str]:
@@ -95,9 +97,9 @@ class Row:
         met = {None: "", True: "yes", False: "**no**"}[self.met]
         return [
             self.name,
-            self._figure(self.ours),
+            self._figure(self.figure),
             self.against,
-            "" if self.theirs is None else self._figure(self.theirs),
+            "" if self.other_figure is None else self._figure(self.other_figure),
             "" if self.ratio is None else str(self.ratio),
             "" if self.target is None else str(self.target),
             met,
@@ -109,8 +111,8 @@ class Row:
 
 def versus(
     samples: Samples,
-    ours: str,
-    theirs: str,
+    side: str,
+    other: str,
     *,
     name: str,
     unit: Unit,
@@ -118,8 +120,8 @@ def versus(
     target: Target | None = None,
 ) -> Row:
     """The row of two sides of a comparison."""
-    chosen = {way: list(samples.by_name[way]) for way in (ours, theirs)}
-    return Row(name=name, unit=unit, samples=chosen, against=against or theirs, target=target)
+    chosen = {way: list(samples.by_name[way]) for way in (side, other)}
+    return Row(name=name, unit=unit, samples=chosen, against=against or other, target=target)
 
 
 _HEAD = ["what", "gpudock", "against", "", "ratio (quartiles)", "target", "met"]

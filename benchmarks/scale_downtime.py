@@ -39,9 +39,9 @@ async def measure_scale(environment: Environment) -> list[Row]:
     async with environment.daemon() as (caller, _):
         ways = {}
         for what, size in _LAYERS.items():
-            ours = _Scaled(environment, caller, f"scaled-{size // _MB}")
-            await ours.make(size)
-            ways[what] = ours.downtime
+            container = _ScaledContainer(environment, caller, f"scaled-{size // _MB}")
+            await container.make(size)
+            ways[what] = container.downtime
         samples = await compare(
             environment.rounds(18), {**ways, BY_HAND: by_hand.by_command_line, _FLOOR: floor.by_engine_api}
         )
@@ -71,17 +71,18 @@ async def _other_method(environment: Environment, method: str) -> list[Row]:
         for what, size in _LAYERS.items():
             if environment.quick and what == _LARGE:
                 continue
-            ours, by_hand = _Scaled(environment, caller, f"{method}-{size // _MB}"), ScriptedReplacement(environment)
-            await ours.make(size)
+            container = _ScaledContainer(environment, caller, f"{method}-{size // _MB}")
+            by_hand = ScriptedReplacement(environment)
+            await container.make(size)
             # A commit moves the files into the image: they must be written again to be transferred again.
-            ways = {method: ours.downtime_of_new_files, BY_HAND: by_hand.by_command_line}
+            ways = {method: container.downtime_of_new_files, BY_HAND: by_hand.by_command_line}
             samples = await compare(2 if environment.quick else 3, ways, warm_up=0)
             name = f"scale downtime by {method}, {what}"
             rows.append(versus(samples, method, BY_HAND, name=name, unit=Unit.MS))
     return rows
 
 
-class _Scaled:
+class _ScaledContainer:
     """A container of gpudock's that is scaled from 1 GPU to 2 and back, its layer transferred each time."""
 
     def __init__(self, environment: Environment, caller: Caller, name: str) -> None:
@@ -145,21 +146,21 @@ class ScriptedReplacement:
 
     async def by_command_line(self) -> float:
         """Stop, create and start by a script; returns the downtime in milliseconds."""
-        old, new, gpu_uuids = await self._next()
+        old, new, gpu_uuids = await self._replacement()
         create = ["docker", "create", "--name", new, *docker_gpus(gpu_uuids), IMAGE, *self._command]
         await self._environment.docker.time_shell(f"docker stop {old} && {shlex.join(create)} && docker start {new}")
         return await self._downtime(old, new)
 
     async def by_engine_api(self) -> float:
         """The minimum downtime: create before the stop, without processes; returns the downtime in milliseconds."""
-        old, new, gpu_uuids = await self._next()
+        old, new, gpu_uuids = await self._replacement()
         request = {"Image": IMAGE, "Cmd": list(self._command), "HostConfig": device_requests(gpu_uuids)}
         await self._environment.engine("POST", "/containers/create", query={"name": new}, send=request)
         await self._environment.engine("POST", f"/containers/{old}/stop")
         await self._environment.engine("POST", f"/containers/{new}/start")
         return await self._downtime(old, new)
 
-    async def _next(self) -> tuple[str, str, list[str]]:
+    async def _replacement(self) -> tuple[str, str, list[str]]:
         """The name of the old container, which runs, the name of the new one, and the GPUs of the new one."""
         if not self._current:
             self._current = f"by-hand-{next(self._numbers)}"

@@ -27,16 +27,16 @@ _SIZE = 512 * _MIB
 async def measure_volumes(environment: Environment) -> list[Row]:
     """Measure growing in use with different amounts of data, shrinking, creating, and writing inside."""
     async with environment.daemon() as (caller, _):
-        rows = await _growing(environment, caller)
+        rows = await _measure_growing(environment, caller)
         await caller.delete_all()
-        rows += await _shrinking(environment, caller)
+        rows += await _measure_shrinking(environment, caller)
         await caller.delete_all()
-        rows += await _creating(environment, caller)
+        rows += await _measure_creating(environment, caller)
         await caller.delete_all()
-        return rows + await _writing(environment, caller)
+        return rows + await _measure_writing(environment, caller)
 
 
-async def _filled(caller: Caller, name: str, megabytes: int, size_bytes: int) -> None:
+async def _create_filled(caller: Caller, name: str, megabytes: int, size_bytes: int) -> None:
     """Create a volume and a container that mounts it, and write `megabytes` of data."""
     await caller.create_volume(name, size_bytes)
     await caller.create(name, mounts=[container_pb2.Mount(volume=name, target="/data")])
@@ -46,13 +46,13 @@ async def _filled(caller: Caller, name: str, megabytes: int, size_bytes: int) ->
         await caller.shell(name, script)
 
 
-async def _growing(environment: Environment, caller: Caller) -> list[Row]:
+async def _measure_growing(environment: Environment, caller: Caller) -> list[Row]:
     data = {what: size for what, size in _DATA.items() if not environment.quick or what in _QUICK}
     ways: dict[str, Measure] = {}
     for what, megabytes in data.items():
         name = f"grows-{megabytes}"
         size = megabytes * _MB + _SPARE_BYTES
-        await _filled(caller, name, megabytes, size)
+        await _create_filled(caller, name, megabytes, size)
         sizes = itertools.count(size + _STEP_BYTES, _STEP_BYTES)
 
         async def grow(name: str = name, sizes: itertools.count[int] = sizes) -> float:
@@ -76,11 +76,11 @@ async def _growing(environment: Environment, caller: Caller) -> list[Row]:
     return [*rows, versus(samples, largest, smallest, name=name, unit=Unit.MS, against=against, target=_FLAT)]
 
 
-async def _shrinking(environment: Environment, caller: Caller) -> list[Row]:
+async def _measure_shrinking(environment: Environment, caller: Caller) -> list[Row]:
     """Measure megabytes of data per second, from the call until the container runs with the smaller volume."""
     megabytes = 300 if environment.quick else 1000
     size = megabytes * _MB + _SPARE_BYTES
-    await _filled(caller, "shrinks", megabytes, size)
+    await _create_filled(caller, "shrinks", megabytes, size)
     volume = await caller.volume("shrinks")
 
     async def shrink() -> float:
@@ -100,10 +100,10 @@ async def _shrinking(environment: Environment, caller: Caller) -> list[Row]:
     ]
 
 
-async def _creating(environment: Environment, caller: Caller) -> list[Row]:
+async def _measure_creating(environment: Environment, caller: Caller) -> list[Row]:
     numbers = itertools.count()
 
-    def ours(size_bytes: int) -> Measure:
+    def by_gpudock(size_bytes: int) -> Measure:
         async def create() -> float:
             name = f"made-{next(numbers)}"
             watch = Stopwatch()
@@ -114,13 +114,13 @@ async def _creating(environment: Environment, caller: Caller) -> list[Row]:
 
         return create
 
-    async def theirs() -> float:
+    async def by_docker() -> float:
         name = f"theirs-{next(numbers)}"
         taken = await environment.docker.time("volume", "create", name)
         await environment.engine("DELETE", f"/volumes/{name}")
         return taken
 
-    ways = {"with a size": ours(_SIZE), "without": ours(0), "docker volume create": theirs}
+    ways = {"with a size": by_gpudock(_SIZE), "without": by_gpudock(0), "docker volume create": by_docker}
     samples = await compare(environment.rounds(18), ways)
     return [
         versus(samples, "with a size", "docker volume create", name="create a volume of 512 MiB", unit=Unit.MS),
@@ -128,10 +128,10 @@ async def _creating(environment: Environment, caller: Caller) -> list[Row]:
     ]
 
 
-async def _writing(environment: Environment, caller: Caller) -> list[Row]:
+async def _measure_writing(environment: Environment, caller: Caller) -> list[Row]:
     """Write by `docker exec` on both sides, to a volume of gpudock and to an engine volume."""
     megabytes = 100 if environment.quick else 300
-    await _filled(caller, "writes", 0, _SIZE)
+    await _create_filled(caller, "writes", 0, _SIZE)
     sized = (await caller.get("writes")).status.engine_id
     host = {"Binds": ["bench-plain:/data"]}
     made = await environment.engine(

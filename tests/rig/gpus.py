@@ -58,7 +58,7 @@ class FakeGpus:
             seed: UUIDs are derived from it and the index, so that they are the same in every run.
         """
         self.path = path
-        with self._locked():
+        with self._lock():
             if not path.exists():
                 self._write(_machine_lines(), [_gpu_lines(index, count, model, seed) for index in range(count)])
 
@@ -74,7 +74,7 @@ class FakeGpus:
 
     def set(self, gpu: str | int, **values: str | int | None) -> None:
         """Set keys of a GPU (`_H100` has their names); None removes a key, and NVML then answers NOT_SUPPORTED."""
-        with self._changed(gpu) as lines:
+        with self._edit(gpu) as lines:
             for key, value in values.items():
                 kept = [line for line in lines if line[0] != key]
                 lines[:] = kept if value is None else [*kept, (key, str(value))]
@@ -91,7 +91,7 @@ class FakeGpus:
 
     def raise_xid(self, gpu: str | int, xid: int) -> None:
         """Deliver a critical XID error to every event set that has registered the GPU for it."""
-        with self._locked():
+        with self._lock():
             machine, gpus = self._read()
             number = 1 + max((int(value.split()[0]) for key, value in machine if key == "event"), default=0)
             uuid_ = _value(gpus[_find(gpus, gpu)], "uuid")
@@ -99,20 +99,20 @@ class FakeGpus:
 
     def run_process(self, gpu: str | int, pid: int, used_bytes: int, *, kind: str = "compute") -> None:
         """Add a process (`kind` compute or graphics) to the GPU, and its memory to the used memory."""
-        with self._changed(gpu) as lines:
+        with self._edit(gpu) as lines:
             lines.append(("process", f"{pid} {used_bytes} {kind}"))
             _add_used(lines, used_bytes)
 
     def end_process(self, gpu: str | int, pid: int) -> None:
         """Remove a process and its memory from the GPU."""
-        with self._changed(gpu) as lines:
+        with self._edit(gpu) as lines:
             for line in [line for line in lines if line[0] == "process" and line[1].split()[0] == str(pid)]:
                 lines.remove(line)
                 _add_used(lines, -int(line[1].split()[1]))
 
     def enable_mig(self, gpu: str | int, profiles: int = 7, *, profile: str = "1g.10gb") -> list[str]:
         """Enable MIG with `profiles` equal MIG devices; returns their UUIDs."""
-        with self._changed(gpu) as lines:
+        with self._edit(gpu) as lines:
             total = int(_value(lines, "memory_total_bytes")) // 8
             names = [f"MIG-{uuid.uuid5(uuid.NAMESPACE_OID, _value(lines, 'uuid') + str(n))}" for n in range(profiles)]
             mine = [line for line in lines if line[0] not in {"mig", "mig_mode_current", "mig_mode_pending"}]
@@ -134,19 +134,19 @@ class FakeGpus:
 
     def unload_driver(self) -> None:
         """Remove the file: nvmlInit and all other functions answer DRIVER_NOT_LOADED until `reset`."""
-        with self._locked():
+        with self._lock():
             self.path.unlink(missing_ok=True)
 
     def reset(self, count: int = 8, *, model: str = "NVIDIA H100 80GB HBM3", seed: str = "gpudock") -> None:
         """Make all GPUs idle and healthy. Event numbers continue, so that existing event sets keep working."""
-        with self._locked():
+        with self._lock():
             machine, _ = self._read() if self.path.exists() else (_machine_lines(), [])
             last = [line for line in machine if line[0] == "event"][-1:]
             gpus = [_gpu_lines(index, count, model, seed) for index in range(count)]
             self._write(_machine_lines() + last, gpus)
 
     def _force(self, function: str, code: str | None, gpu: str | int | None) -> None:
-        with self._locked():
+        with self._lock():
             machine, gpus = self._read()
             suffix = "" if gpu is None else f" {_value(gpus[_find(gpus, gpu)], 'uuid')}"
             rule = (function, suffix.strip())
@@ -154,14 +154,14 @@ class FakeGpus:
             self._write(kept if code is None else [*kept, ("fail", f"{function} {code}{suffix}")], gpus)
 
     @contextlib.contextmanager
-    def _changed(self, gpu: str | int) -> Iterator[list[_Line]]:
-        with self._locked():
+    def _edit(self, gpu: str | int) -> Iterator[list[_Line]]:
+        with self._lock():
             machine, gpus = self._read()
             yield gpus[_find(gpus, gpu)]
             self._write(machine, gpus)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         # Next to the folder and not in it, because the double watches the folder.
         with self.path.parent.with_name(self.path.parent.name + ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -13,7 +13,14 @@ from hypothesis.stateful import precondition, rule
 
 from tests.calls import Caller, clone_request, result_of, scale_request, update_request
 from tests.stateful.model import GROUP, ExpectedContainer, PastRevision, Spec
-from tests.stateful.requests import fields_of, mounts_of, new_container, pruned, restorable, snapshot_fields
+from tests.stateful.requests import (
+    fields_of,
+    mounts_of,
+    new_container,
+    prune_revisions,
+    restorable_revisions,
+    snapshot_fields,
+)
 from tests.stateful.rule_base import (
     EXITED,
     FAILED,
@@ -91,7 +98,7 @@ class ContainerRules(RuleBase):
         if gpus == container.spec.gpus or not self.can_claim(gpus, released=container.spec.gpus):
             return self.skip()
         request = scale_request(container.name, gpus, **snapshot_fields(keep))
-        after = pruned(container.changed(replace(container.spec, gpus=gpus), kept=keep), KEEP)
+        after = prune_revisions(container.changed(replace(container.spec, gpus=gpus), kept=keep), KEEP)
         return self._scale(data, container, request, after)
 
     @precondition(lambda self: self.has_container(*RESTING))
@@ -103,7 +110,7 @@ class ContainerRules(RuleBase):
         if cpus == container.spec.cpus:
             return self.skip()
         request = scale_request(container.name, cpus=cpus, **snapshot_fields(keep))
-        after = pruned(container.changed(replace(container.spec, cpus=cpus), kept=keep), KEEP)
+        after = prune_revisions(container.changed(replace(container.spec, cpus=cpus), kept=keep), KEEP)
         return self._scale(data, container, request, after)
 
     def _scale(self, data: Draws, container: ExpectedContainer, request: Any, after: ExpectedContainer) -> None:
@@ -135,7 +142,7 @@ class ContainerRules(RuleBase):
         return self._update(data, container, spec, update_request(container.name, "mounts", mounts=mounts_of(spec)))
 
     def _update(self, data: Draws, container: ExpectedContainer, spec: Spec, request: Any) -> None:
-        after = pruned(container.changed(spec), KEEP)
+        after = prune_revisions(container.changed(spec), KEEP)
         self.perform(
             data, container.name, lambda caller: result_of(caller.containers.UpdateContainer(request)), container, after
         )
@@ -151,7 +158,7 @@ class ContainerRules(RuleBase):
         container = self.choose_container(data, *states)
         # A rollback to the same spec would change nothing.
         others = [(number, past) for number, past in container.past.items() if past.spec != container.spec]
-        choices = others if spec_only else list(restorable(container))
+        choices = others if spec_only else list(restorable_revisions(container))
         if not choices:
             return self.skip()
         number, past = data.choose(choices, "revision", _number)
@@ -171,7 +178,7 @@ class ContainerRules(RuleBase):
         if container.state is FAILED:
             # The successor is created and not started.
             after.state = STOPPED
-        return self.perform(data, container.name, act, container, pruned(after, KEEP))
+        return self.perform(data, container.name, act, container, prune_revisions(after, KEEP))
 
     @precondition(lambda self: self.has_container(RUNNING, PAUSED))
     @rule(data=st.data(), keep_resources=st.booleans())
@@ -200,9 +207,8 @@ class ContainerRules(RuleBase):
     async def _start(self, name: str) -> None:
         container = self.host.containers[name]
         now = await self.host.caller.start(name)
-        after = (
-            container.copy() if now.revision == container.revision else pruned(container.changed(container.spec), KEEP)
-        )
+        replaced = now.revision != container.revision
+        after = prune_revisions(container.changed(container.spec), KEEP) if replaced else container.copy()
         after.state, after.holds, after.gpus = RUNNING, True, after.spec.gpus
         await self.host.settle(name, after)
 
@@ -267,7 +273,7 @@ class ContainerRules(RuleBase):
         """Clone a container with its current files or those of a revision."""
         container = self.choose_container(data, RUNNING)
         name = self.free_name(data)
-        choices = [(0, PastRevision(container.spec, tuple(container.files.items()))), *restorable(container)]
+        choices = [(0, PastRevision(container.spec, tuple(container.files.items()))), *restorable_revisions(container)]
         number, past = data.choose(choices, "revision", _number)
         if not self.can_claim(past.spec.gpus):
             return self.skip()
@@ -320,4 +326,4 @@ class ContainerRules(RuleBase):
         succeeded = [not isinstance(outcome, BaseException) for outcome in done]
         assert any(succeeded), done
         candidates = both if all(succeeded) else [first if succeeded[0] else second]
-        await self.host.settle(container.name, *(pruned(candidate, KEEP) for candidate in candidates))
+        await self.host.settle(container.name, *(prune_revisions(candidate, KEEP) for candidate in candidates))

@@ -52,7 +52,7 @@ def new_container(name: str, spec: Spec) -> ExpectedContainer:
     return ExpectedContainer(name=name, uid="", state=State.RUNNING, spec=spec, gpus=spec.gpus)
 
 
-def pruned(container: ExpectedContainer, keep: int) -> ExpectedContainer:
+def prune_revisions(container: ExpectedContainer, keep: int) -> ExpectedContainer:
     """The container with at most `keep` revisions, including the current one."""
     after = container.copy()
     for number in sorted(after.past)[: max(0, len(after.past) - keep + 1)]:
@@ -60,6 +60,6 @@ def pruned(container: ExpectedContainer, keep: int) -> ExpectedContainer:
     return after
 
 
-def restorable(container: ExpectedContainer) -> Sequence[tuple[int, PastRevision]]:
+def restorable_revisions(container: ExpectedContainer) -> Sequence[tuple[int, PastRevision]]:
     """The earlier revisions whose files were kept."""
     return [(number, past) for number, past in sorted(container.past.items()) if past.files is not None]

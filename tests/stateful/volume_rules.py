@@ -12,7 +12,7 @@ from hypothesis.stateful import precondition, rule
 from tests.calls import Caller, progress_of
 from tests.stateful.docker_commands import foreign_container
 from tests.stateful.model import ExpectedContainer, ExpectedVolume, containers_mounting
-from tests.stateful.requests import pruned
+from tests.stateful.requests import prune_revisions
 from tests.stateful.rule_base import EXITED, KEEP, PAUSED, RUNNING, STOPPED, VOLUMES, RuleBase, counted
 from tests.stateful.sequence_shrinker import Draws
 
@@ -125,7 +125,10 @@ class VolumeRules(RuleBase):
                 return self.refused(act, "VOLUME_IN_USE", name, *blockers, holders=blockers or [other])
         if blockers:
             return self.refused(act, "VOLUME_IN_USE", name, *blockers, holders=blockers)
-        also = {container.name: pruned(container.changed(container.spec.without(name)), KEEP) for container in users}
+        also = {
+            container.name: prune_revisions(container.changed(container.spec.without(name)), KEEP)
+            for container in users
+        }
         return self.perform(data, name, act, volume, None, also=also)
 
     async def _engine_volume(self, name: str) -> str:

@@ -41,13 +41,13 @@ def results(tmp_path: Path) -> Path:
 
 def test_the_document_shows_the_figures_of_its_samples() -> None:
     text = document.DOCUMENT.read_text(encoding="utf-8")
-    assert text == document.rendered(text), "run `python -m benchmarks --render`"
+    assert text == document.render(text), "run `python -m benchmarks --render`"
 
 
 def test_samples_in_the_repository_are_shown() -> None:
     words = ["git", "-C", str(document.RESULTS.parent), "ls-files", "--", document.RESULTS.name]
     kept = subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()
-    assert {Path(name).stem for name in kept} == document.shown(document.DOCUMENT.read_text(encoding="utf-8"))
+    assert {Path(name).stem for name in kept} == document.shown_results(document.DOCUMENT.read_text(encoding="utf-8"))
 
 
 def test_named_results_can_be_committed_and_others_are_ignored() -> None:
@@ -67,7 +67,7 @@ def test_tables_without_samples_say_so() -> None:
 
 
 def test_several_results_are_rendered_with_their_machines(results: Path) -> None:
-    text = document.rendered(_document("one", "two"), results)
+    text = document.render(_document("one", "two"), results)
     assert text.startswith(
         "before\n<!-- samples: one two -->\n2026-12-01T08:00:00+00:00, `python -m benchmarks exec`, "
     )
@@ -80,16 +80,16 @@ def test_several_results_are_rendered_with_their_machines(results: Path) -> None
     assert [cell.strip() for cell in get.split("|")[2:-1]] == ["3.10 ms", "", "", "", "at most 2 ms", "**no**"]
     assert [cell.strip() for cell in disk.split("|")[2:-1]] == ["0.01 MB", "changed", "0.00 MB", "", "", ""]
     assert quick.split("|")[-2].strip() == "", "a quick run is compared with a target"
-    assert document.rendered(text, results) == text
-    assert document.shown(text) == {"one", "two"}
+    assert document.render(text, results) == text
+    assert document.shown_results(text) == {"one", "two"}
 
 
 def test_a_different_figure_in_the_document_or_the_samples_is_noticed(results: Path) -> None:
-    text = document.rendered(_document("one"), results)
+    text = document.render(_document("one"), results)
     better = text.replace("110 ms", "10 ms")
-    assert document.rendered(better, results) != better
+    assert document.render(better, results) != better
     report.save(results / "one.json", _MACHINE, [Row("create", Unit.MS, {"gpudock": [90]})])
-    assert document.rendered(text, results) != text
+    assert document.render(text, results) != text
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_a_different_figure_in_the_document_or_the_samples_is_noticed(results: P
 )
 def test_invalid_markers_are_refused(results: Path, text: str) -> None:
     with pytest.raises(document.MarkerError):
-        document.rendered(text, results)
+        document.render(text, results)
 
 
 def test_results_that_cannot_be_read_are_refused(results: Path) -> None:
     (results / "one.json").write_text("{}")
     with pytest.raises(document.MarkerError, match="one cannot be read"):
-        document.rendered(_document("one"), results)
+        document.render(_document("one"), results)
 
 
 def test_saved_results_are_read_as_they_were(results: Path) -> None:
