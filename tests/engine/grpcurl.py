@@ -26,7 +26,7 @@ class Grpcurl:
 
     def run(self, *words: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Run grpcurl with `flags` before and `words` after the address."""
-        line = [str(GRPCURL), "-plaintext", "-unix", "-max-time", "60", *flags, self._socket, *words]
+        line = [str(GRPCURL), "-plaintext", "-unix", "-max-time", f"{limit(60):g}", *flags, self._socket, *words]
         return subprocess.run(line, check=False, capture_output=True, text=True, timeout=limit(90))
 
     def text(self, *words: str) -> str:

@@ -8,6 +8,7 @@ import uuid
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 from gpudock.v1 import container_pb2, container_service_pb2, operation_service_pb2
 
 from tests.calls import IMAGE, Caller, failure, failure_of, progress_of, result_of, scale_request
@@ -144,8 +145,8 @@ async def test_limits_change_in_place(caller: Caller) -> None:
     assert after.status.engine_id == before.status.engine_id
     assert await caller.shell("limits", "cat /proc/1/stat | cut -d' ' -f22") == pid, "the process was restarted"
     assert "limits" in progress.stages
-    limit = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max"
-    assert int(await caller.shell("limits", limit)) == 128 << 20
+    read_limit = "cat /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null || cat /sys/fs/cgroup/memory.max"
+    assert int(await caller.shell("limits", read_limit)) == 128 << 20
 
 
 async def test_a_live_scale_that_needs_a_restart_is_refused(caller: Caller) -> None:
@@ -273,7 +274,10 @@ async def test_validate_only_returns_a_plan_and_changes_nothing(caller: Caller) 
 
 
 async def test_two_operations_on_one_container_never_run_together(caller: Caller) -> None:
-    await caller.create("busy", 1, command=("sh", "-c", "trap '' TERM; while :; do sleep 1; done"))
+    stop_timeout = duration_pb2.Duration()
+    stop_timeout.FromMilliseconds(int(limit(1) * 1000))
+    command = ("sh", "-c", "trap '' TERM; while :; do sleep 1; done")
+    await caller.create("busy", 1, command=command, stop_timeout=stop_timeout)
     stream = caller.containers.ScaleContainer(scale_request("busy", 2))
     first = await anext(aiter(stream))
     refused = await failure(caller.scale("busy", 3))

@@ -61,9 +61,10 @@ async def require_completed_scale(daemon: Daemon, operation_id: str) -> None:
 async def test_sigterm_lets_operations_reach_a_recorded_step(daemons: IsolatedDaemons) -> None:
     daemon = await daemons.start("--shutdown-grace", "20")
     async with Caller(daemon.target) as caller:
-        stream, operation_id = await begin_slow_scale(caller, 3)
         await caller.create("other")
         command = asyncio.create_task(caller.run("other", "sleep", "60"))
+        # The scale comes last, because it must still be waiting for the old process when the daemon gets SIGTERM.
+        stream, operation_id = await begin_slow_scale(caller, 3)
         watcher = aiter(caller.operations.WatchOperation(operation_service_pb2.WatchOperationRequest(id=operation_id)))
         await anext(watcher)
         daemon.terminate()
@@ -90,9 +91,9 @@ async def test_an_operation_that_outlasts_the_shutdown_grace_is_resumed_by_the_n
     # A quarter of the grace is left to notify the callers, which takes a while on a busy machine.
     daemon = await daemons.start("--shutdown-grace", "3", "--exec-hangup-grace", "600")
     async with Caller(daemon.target) as caller:
-        stream, operation_id = await begin_slow_scale(caller, 4)
         await caller.create("other")
         command = asyncio.create_task(caller.run("other", "sh", "-c", "trap '' HUP; sleep 600"))
+        stream, operation_id = await begin_slow_scale(caller, 4)
         daemon.terminate()
         end = await stream_failure(stream)
         assert end is not None

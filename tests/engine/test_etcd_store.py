@@ -52,6 +52,7 @@ from tests.engine.etcd_examples import (
 )
 from tests.engine.isolated_daemons import until
 from tests.rig import Rig
+from tests.rig.patience import limit
 
 pytest_plugins = ["tests.engine.etcd_fixtures"]
 
@@ -183,7 +184,7 @@ async def test_reading_all_pages_starts_again_after_a_compaction(store: EtcdStor
 
 
 async def test_ended_operations_expire_and_running_ones_do_not(connection: EtcdConnection, prefix: str) -> None:
-    brief = timedelta(seconds=1)
+    brief = timedelta(seconds=limit(1))
     store = EtcdStore(connection, prefix=prefix, retention=brief, bucket=brief)
     record = RequestRecord(operation_id="op1", digest="d")
     version = await store.apply([PutOperation(operation("op1"), expect=0), PutRequest("r1", record)])

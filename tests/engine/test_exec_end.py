@@ -53,7 +53,7 @@ async def test_a_disconnect_ends_the_processes_of_the_session_and_no_others(exec
 @pytest.mark.deep
 async def test_the_deadline_of_a_call_ends_the_process(exec_caller: Caller) -> None:
     number = next(unused_sleep_seconds)
-    call = await ExecCall(exec_caller, "sleep", str(number), deadline=3).begin()
+    call = await ExecCall(exec_caller, "sleep", str(number), deadline=limit(3)).begin()
     await until_true(lambda: sleep_pids(number), "the process runs")
     assert (await call.wait_for_failure()).code is grpc.StatusCode.DEADLINE_EXCEEDED
     await until_sleeps_end(number)

@@ -10,6 +10,7 @@ import pytest
 from tests.calls import IDLE, IMAGE, Caller, failure
 from tests.engine.grpcurl import PACKAGE, Grpcurl, documents
 from tests.rig import Daemon
+from tests.rig.patience import limit
 
 STANDARD = {
     "grpc.channelz.v1.Channelz",
@@ -178,12 +179,13 @@ async def _call_revision_methods(grpcurl: Grpcurl, name: str) -> None:
 
 def _watch(grpcurl: Grpcurl, method: str, name: str) -> None:
     # A watch never ends by itself, so that the call has a deadline.
-    following = grpcurl.run(PACKAGE + method, flags=("-max-time", "1.5", "-emit-defaults"))
+    following = grpcurl.run(PACKAGE + method, flags=("-max-time", f"{limit(1.5):.1f}", "-emit-defaults"))
     grpcurl.called.add(method)
     assert "DeadlineExceeded" in following.stderr
     events = documents(following.stdout)
-    assert [event["added"]["name"] for event in events[:-1]] == [name]
-    assert events[-1]["checkpoint"] == {"list_complete": True}
+    checkpoint = next(number for number, event in enumerate(events) if "checkpoint" in event)
+    assert [event["added"]["name"] for event in events[:checkpoint]] == [name]
+    assert events[checkpoint]["checkpoint"] == {"list_complete": True}
     assert all(event["resume_token"] for event in events)
 
 
