@@ -9,6 +9,7 @@ import signal
 import stat
 import sys
 from asyncio.subprocess import PIPE
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,11 @@ async def _listens_on_a_port(pid: int) -> bool:
     """Whether a process has a TCP socket."""
 
     def look() -> bool:
-        links = [str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+        links = []
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            # The process may close a descriptor meanwhile.
+            with suppress(FileNotFoundError):
+                links.append(str(entry.readlink()))
         sockets = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:")}
         tables = (Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
         return any(line.split()[9] in sockets for table in tables for line in table)

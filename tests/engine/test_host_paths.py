@@ -289,7 +289,7 @@ async def test_bind_mounts_are_made_in_the_mount_namespace_of_the_engine(host: H
     assert (host.allowed / "u/sub/name").read_text() == "sub"
 
 
-@pytest.mark.usefixtures("tenant")
+@pytest.mark.usefixtures("path_caller")
 async def test_bind_mounts_of_a_container_that_docker_removed_are_released(host: Host) -> None:
     daemon = await host.daemons.start(*host.flags, "--reconcile-interval", "0.5", after=await stop_daemon(host.daemon))
     async with Caller(daemon.target) as caller:
@@ -307,7 +307,7 @@ async def test_bind_mounts_of_a_container_that_docker_removed_are_released(host:
 
 
 @pytest.mark.deep
-@pytest.mark.usefixtures("tenant")
+@pytest.mark.usefixtures("path_caller")
 async def test_attach_volumes_binds_allowed_host_paths_after_a_boot(host: Host) -> None:
     """It runs before the engine starts its containers; a container whose host path is not bound does not start."""
     (host.allowed / "u/linked").mkdir()
