@@ -94,7 +94,7 @@ async def test_a_pruned_image_is_pulled_again_and_must_have_the_same_id(
             created.status.image_id,
             3,
         )
-        # If the name refers to another image by now, nothing is changed.
+        # If the name refers to another image, nothing is changed.
         await prune(caller, rig, "one", image=image)
         publish(tmp_path, seed="another")
         for arguments in ({"revision": 1}, {"revision": 3, "spec_only": True}):

@@ -34,7 +34,7 @@ async def private_image(rig: Rig, tmp_path: Path) -> AsyncIterator[str]:
 async def create_stopped(caller: Caller, owner: str, image: str, **fields: Any) -> container_pb2.Container:
     """Create a container of an owner without starting it, and delete it; returns the created container."""
     request = container_service_pb2.CreateContainerRequest(
-        name=owner or "nobody", owner=owner, spec=caller.spec(image=image), create_only=True, **fields
+        name=owner or "without-owner", owner=owner, spec=caller.spec(image=image), create_only=True, **fields
     )
     container = await result_of(caller.containers.CreateContainer(request))
     await caller.delete(container.name)

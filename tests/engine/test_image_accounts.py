@@ -40,7 +40,7 @@ UNRESOLVABLE = {
     "passwd is a FIFO": "rm /etc/passwd; mkfifo /etc/passwd",
     "passwd is large": "dd if=/dev/zero bs=1M count=2 >> /etc/passwd",
 }
-USERS = ("root", "user", "more", "nobody-such", "0", "1000", "12345", "root:most", "0:most", "more:7", "root:root")
+USERS = ("root", "user", "more", "no-such-user", "0", "1000", "12345", "root:most", "0:most", "more:7", "root:root")
 
 
 @pytest_asyncio.fixture
@@ -176,10 +176,10 @@ async def test_a_create_with_a_missing_user_or_group_is_refused(
 
     def request(user: str) -> container_service_pb2.CreateContainerRequest:
         return container_service_pb2.CreateContainerRequest(
-            name="someone", spec=caller.spec(1, user=user), validate_only=validate_only
+            name="subject", spec=caller.spec(1, user=user), validate_only=validate_only
         )
 
-    for user, missing in (("nobody-such", "user 'nobody-such'"), ("user:no-group", "group 'no-group'")):
+    for user, missing in (("no-such-user", "user 'no-such-user'"), ("user:no-group", "group 'no-group'")):
         refused = await failure(progress_of(caller.containers.CreateContainer(request(user))))
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
         assert refused.metadata["fields"] == "spec.user"
@@ -200,9 +200,9 @@ async def test_an_update_to_an_image_without_the_user_is_refused(
     assert await caller.shell("moved", "id -un") == "user\n"
     # If the same update changes the user, the new user is checked.
     discard = {"image": without, "files": container_service_pb2.FILES_POLICY_DISCARD}
-    request = update_request("moved", "image,user", user="nobody-such", **discard)
+    request = update_request("moved", "image,user", user="no-such-user", **discard)
     refused = await failure(progress_of(caller.containers.UpdateContainer(request)))
-    assert "has no user 'nobody-such'" in refused.message
+    assert "has no user 'no-such-user'" in refused.message
     await caller.update("moved", "image,user", user="more", **discard)
     assert await caller.shell("moved", "id -un") == "more\n"
     await caller.delete("moved")
@@ -216,14 +216,14 @@ async def test_an_update_to_a_missing_user_is_refused_without_a_restart(caller: 
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT")
         assert refused.metadata["fields"] == "spec.user"
         assert "container 'subject' has no user 'more'" in refused.message
-        clone = clone_request("subject", "twin", "user", user="more", validate_only=validate_only)
+        clone = clone_request("subject", "clone", "user", user="more", validate_only=validate_only)
         refused = await failure(progress_of(caller.containers.CloneContainer(clone)))
         assert (refused.reason, refused.metadata["fields"]) == ("INVALID_ARGUMENT", "spec.user")
     assert (await caller.get("subject")).status.start_time == began
     await caller.shell("subject", f"printf '{ADDED_USER.decode().strip()}\n' >> /etc/passwd")
-    await caller.clone("subject", "twin", "user", user="more")
+    await caller.clone("subject", "clone", "user", user="more")
     await caller.update("subject", "user", user="more")
-    for name in ("subject", "twin"):
+    for name in ("subject", "clone"):
         assert await caller.shell(name, "id -un") == "more\n"
 
 

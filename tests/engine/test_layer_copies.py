@@ -192,7 +192,7 @@ def _add_large_files(pair: LayerPair) -> None:
 
 
 async def _start_copy_and_freeze(store: OverlayLayerStore, pair: LayerPair) -> asyncio.Task[None]:
-    """Start a copy and stop its child process, so that the copy does not end before the test goes on."""
+    """Start a copy and stop its child process, so that the copy does not end before the test continues."""
     async with asyncio.timeout(limit(60)):
         while True:
             copy = asyncio.create_task(store.copy(pair, ignore_progress))

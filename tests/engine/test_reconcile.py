@@ -182,12 +182,12 @@ async def test_a_claim_whose_holder_is_gone_is_released(
     quick_daemon: Daemon, quick_caller: Caller, daemons: IsolatedDaemons, rig: Rig
 ) -> None:
     await quick_caller.create("holds", 7)
-    holder = Holder(container="ghost", uid="nobody", node=daemons.node)
+    holder = Holder(container="unknown", uid="unknown-uid", node=daemons.node)
     async with state_of(daemons, rig) as state:
         await state.store.apply([Claim(default_host_id(), GpuKey(rig.gpus.uuids[7]), holder)])
-    await wait_for_drift_log(quick_daemon, "CLAIM_STALE", "ghost")
+    await wait_for_drift_log(quick_daemon, "CLAIM_STALE", "unknown")
     holders = list((await quick_caller.holders()).values())
-    assert "ghost" not in holders
+    assert "unknown" not in holders
     assert holders.count("holds") == 7
 
 

@@ -94,7 +94,7 @@ async def test_snapshot_dir_holds_the_snapshots_and_snapshot_policy_turns_them_o
 
 
 @pytest.mark.deep
-async def test_snapshot_max_entries_lets_a_change_of_a_larger_layer_go_on_without_a_snapshot(
+async def test_snapshot_max_entries_lets_a_change_of_a_larger_layer_be_made_without_a_snapshot(
     daemons: IsolatedDaemons,
 ) -> None:
     daemon = await daemons.start("--snapshot-max-entries", "1000")

@@ -226,7 +226,7 @@ async def test_a_token_from_before_a_compaction_is_expired(daemons: IsolatedDaem
 async def test_checkpoints_are_sent_without_matching_changes(daemons: IsolatedDaemons, rig: Rig) -> None:
     daemon = await daemons.start(*FREQUENT_CHECKPOINTS)
     async with Caller(daemon.target) as caller, open_writer(rig.etcd.endpoint, daemons.prefix) as writer:
-        watch = ContainerWatch(caller, owner="nobody")
+        watch = ContainerWatch(caller, owner="no-such-owner")
         assert await watch.initial_names() == []
         loop = asyncio.get_running_loop()
         begin, tokens = loop.time(), set()
