@@ -1,4 +1,4 @@
-"""Runs the `gpudock` command as a program of its own."""
+"""Runs the `gpudock` command in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 from tests.rig.patience import limit
 
 DEADLINE = 60
-"""Seconds after which a command hangs."""
+"""Seconds after which a command counts as hung."""
 
 
-class Ended(NamedTuple):
-    """How a run of the command ended, and what it wrote."""
+class CommandResult(NamedTuple):
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -25,32 +25,32 @@ class Ended(NamedTuple):
 
 
 async def spawn(address: str, *arguments: str, **streams: Any) -> asyncio.subprocess.Process:
-    """Begin a run; what is not in `streams` is a pipe."""
+    """Start the command; streams that are not in `streams` are pipes."""
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
     command = (sys.executable, "-m", "gpudock.cli", "--address", address, *arguments)
     return await asyncio.create_subprocess_exec(*command, **(pipes | streams))
 
 
-async def run(address: str, *arguments: str, given: bytes = b"") -> Ended:
-    """Run it to its end, with `given` as its input."""
-    return await ended(await spawn(address, *arguments), given)
+async def run(address: str, *arguments: str, stdin: bytes = b"") -> CommandResult:
+    """Run the command with this stdin; return its result."""
+    return await wait_for_result(await spawn(address, *arguments), stdin)
 
 
-async def ended(process: asyncio.subprocess.Process, given: bytes | None = None) -> Ended:
-    """Wait for the end of a run."""
-    out, err = await asyncio.wait_for(process.communicate(given), limit(DEADLINE))
-    return Ended(process.returncode or 0, out.decode(), err.decode())
+async def wait_for_result(process: asyncio.subprocess.Process, stdin: bytes | None = None) -> CommandResult:
+    """Wait until the command exits; return its result."""
+    out, err = await asyncio.wait_for(process.communicate(stdin), limit(DEADLINE))
+    return CommandResult(process.returncode or 0, out.decode(), err.decode())
 
 
 async def read_until(fd: int, mark: bytes) -> bytes:
-    """What comes from a terminal, up to `mark` at least."""
-    seen = b""
+    """Read from a terminal until `mark` was read; return everything that was read."""
+    output = b""
     async with asyncio.timeout(limit(DEADLINE)):
-        while mark not in seen:
-            seen += await asyncio.to_thread(os.read, fd, 1024)
-    return seen
+        while mark not in output:
+            output += await asyncio.to_thread(os.read, fd, 1024)
+    return output
 
 
 def set_size(fd: int, columns: int, rows: int) -> None:
-    """Give a terminal a size."""
+    """Set the size of a terminal."""
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))

@@ -1,4 +1,4 @@
-"""The scripted server, for each test its own."""
+"""A scripted server for each test, and a client of it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from gpudock import Client
 
-from tests.clients.scripted import ScriptedServer
+from tests.clients.scripted_server import ScriptedServer
+from tests.rig.patience import limit
 
 
 @pytest.fixture
 async def server() -> AsyncIterator[ScriptedServer]:
-    # pytest's own folders have names that are too long for a socket.
+    # The paths of tmp_path are too long for a unix socket.
     with tempfile.TemporaryDirectory(prefix="gpudock-") as folder:
         scripted = ScriptedServer(Path(folder) / "s")
         await scripted.start()
@@ -24,5 +25,5 @@ async def server() -> AsyncIterator[ScriptedServer]:
 
 @pytest.fixture
 async def client(server: ScriptedServer) -> AsyncIterator[Client]:
-    async with Client(server.address, retry_for=5.0, reattach_for=5.0) as connected:
+    async with Client(server.address, retry_for=limit(5.0), reattach_for=limit(5.0)) as connected:
         yield connected

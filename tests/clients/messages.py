@@ -1,4 +1,4 @@
-"""Messages as gpudockd would send them."""
+"""Messages as gpudockd sends them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from gpudock.v1.volume_pb2 import VOLUME_STATE_READY, Volume
 
 OPERATION_ID = "6fa459ea-ee8a-4ca4-894e-db77e160355e"
 
-DONE = pb.OPERATION_STAGE_STATE_SUCCEEDED
-WORKS = pb.OPERATION_STAGE_STATE_RUNNING
-TO_COME = pb.OPERATION_STAGE_STATE_PENDING
+SUCCEEDED = pb.OPERATION_STAGE_STATE_SUCCEEDED
+RUNNING = pb.OPERATION_STAGE_STATE_RUNNING
+PENDING = pb.OPERATION_STAGE_STATE_PENDING
 
 
 def operation(
     *stages: pb.OperationStage, state: pb.OperationState.ValueType = pb.OPERATION_STATE_RUNNING, message: str = ""
 ) -> pb.Operation:
-    """A snapshot, in the first stage that is not done."""
-    at_work = next((stage.name for stage in stages if stage.state == WORKS), "")
-    return pb.Operation(id=OPERATION_ID, state=state, stages=stages, stage=at_work, message=message)
+    """Return an operation whose current stage is the first running one."""
+    current = next((stage.name for stage in stages if stage.state == RUNNING), "")
+    return pb.Operation(id=OPERATION_ID, state=state, stages=stages, stage=current, message=message)
 
 
-def failed(code: int, reason: str) -> pb.Operation:
-    """The last snapshot of an operation that failed."""
+def failed_operation(code: int, reason: str) -> pb.Operation:
+    """Return an operation that failed."""
     error = pb.OperationError(code=code, reason=reason)
     return pb.Operation(id=OPERATION_ID, state=pb.OPERATION_STATE_FAILED, error=error)
 
@@ -40,17 +40,17 @@ def stage(
     current_bytes: int = 0,
     total_bytes: int = 0,
 ) -> pb.OperationStage:
-    """A stage; one that has ended took `seconds`."""
-    made = pb.OperationStage(name=name, state=state, current_bytes=current_bytes, total_bytes=total_bytes)
-    if state != TO_COME:
-        made.start_time.CopyFrom(Timestamp(seconds=1000))
-    if state not in {TO_COME, WORKS}:
-        made.end_time.FromNanoseconds(int((1000 + seconds) * 1e9))
-    return made
+    """Return a stage; an ended stage took `seconds`."""
+    created = pb.OperationStage(name=name, state=state, current_bytes=current_bytes, total_bytes=total_bytes)
+    if state != PENDING:
+        created.start_time.CopyFrom(Timestamp(seconds=1000))
+    if state not in {PENDING, RUNNING}:
+        created.end_time.FromNanoseconds(int((1000 + seconds) * 1e9))
+    return created
 
 
 def container(name: str = "train") -> Container:
-    """One that runs, with a card and a port."""
+    """Return a running container with a GPU and a port."""
     binding = PortBinding(container_port=80, host_port=40001, protocol=PORT_PROTOCOL_TCP)
     return Container(
         name=name,
@@ -62,7 +62,7 @@ def container(name: str = "train") -> Container:
 
 
 def volume(name: str = "data", *containers: str) -> Volume:
-    """One that these mount."""
+    """Return a volume that these containers mount."""
     return Volume(
         name=name,
         node="gpu1",
@@ -73,11 +73,11 @@ def volume(name: str = "data", *containers: str) -> Volume:
     )
 
 
-def volume_watched(token: str, **event: Any) -> volume_service_pb2.WatchVolumesResponse:
-    """As `watched`."""
+def volume_watch_event(token: str, **event: Any) -> volume_service_pb2.WatchVolumesResponse:
+    """Return a message of a watch of volumes; `token` resumes the watch after it."""
     return volume_service_pb2.WatchVolumesResponse(**event, resume_token=token)
 
 
-def watched(token: str, **event: Any) -> container_service_pb2.WatchContainersResponse:
-    """A message of a watch, behind which `token` goes on."""
+def watch_event(token: str, **event: Any) -> container_service_pb2.WatchContainersResponse:
+    """Return a message of a watch of containers; `token` resumes the watch after it."""
     return container_service_pb2.WatchContainersResponse(**event, resume_token=token)

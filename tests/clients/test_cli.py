@@ -1,4 +1,4 @@
-"""The command: what it prints, how it ends, and what it does at a terminal."""
+"""The command: its requests, output and exit codes."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ from gpudock.v1.watch_pb2 import WatchCheckpoint
 
 from tests.clients import messages
 from tests.clients.command import DEADLINE, run, spawn
-from tests.clients.scripted import Context, ScriptedServer, abort, refusal, saying
+from tests.clients.scripted_server import Context, ScriptedServer, abort, error_reply, reply_with
 from tests.rig.patience import limit
 
 Created = pb.CreateContainerResponse
 
 
 STAGES = [
-    messages.stage("pull-image", messages.DONE, current_bytes=3 * 2**20, total_bytes=3 * 2**20),
-    messages.stage("create", messages.DONE, seconds=0.25),
-    messages.stage("start", messages.DONE),
+    messages.stage("pull-image", messages.SUCCEEDED, current_bytes=3 * 2**20, total_bytes=3 * 2**20),
+    messages.stage("create", messages.SUCCEEDED, seconds=0.25),
+    messages.stage("start", messages.SUCCEEDED),
 ]
 
 
 async def created(_: Any, __: Context) -> AsyncIterator[Created]:
-    yield Created(operation=messages.operation(STAGES[0], messages.stage("create", messages.WORKS)))
+    yield Created(operation=messages.operation(STAGES[0], messages.stage("create", messages.RUNNING)))
     yield Created(operation=messages.operation(*STAGES, state=operation_pb2.OPERATION_STATE_SUCCEEDED))
     yield Created(result=messages.container())
 
 
 async def changes(_: Any, context: Context) -> AsyncIterator[pb.WatchContainersResponse]:
-    yield messages.watched("t1", added=messages.container())
-    yield messages.watched("t2", checkpoint=WatchCheckpoint(list_complete=True))
-    yield messages.watched("t3", deleted=messages.container())
+    yield messages.watch_event("t1", added=messages.container())
+    yield messages.watch_event("t2", checkpoint=WatchCheckpoint(list_complete=True))
+    yield messages.watch_event("t3", deleted=messages.container())
     await abort(context, grpc.StatusCode.OUT_OF_RANGE, "RESUME_TOKEN_EXPIRED")
 
 
-async def test_watch_prints_a_line_for_each_event(server: ScriptedServer) -> None:
+async def test_a_watch_prints_a_line_for_each_event(server: ScriptedServer) -> None:
     server.on("WatchContainers", changes)
     ended = await run(server.address, "watch", "--state", "running", "--resume-token", "t0", "--changes-only")
     assert ended.code == 1
@@ -76,7 +76,7 @@ async def test_watch_prints_a_line_for_each_event(server: ScriptedServer) -> Non
     assert (request.resume_token, request.changes_only, len(request.filter.states)) == ("t0", True, 1)
     ended = await run(server.address, "-o", "json", "watch")
     shown = [json.loads(line) for line in ended.out.splitlines()]
-    assert [(one["event"], one["resume_token"]) for one in shown] == [
+    assert [(event["event"], event["resume_token"]) for event in shown] == [
         ("added", "t1"),
         ("checkpoint", "t2"),
         ("deleted", "t3"),
@@ -84,14 +84,14 @@ async def test_watch_prints_a_line_for_each_event(server: ScriptedServer) -> Non
     assert shown[0]["container"]["name"] == name
 
 
-async def test_a_watch_of_volumes_shows_who_mounts_them(server: ScriptedServer) -> None:
-    async def told(_: Any, context: Context) -> AsyncIterator[volume_service_pb2.WatchVolumesResponse]:
-        yield messages.volume_watched("t1", added=messages.volume())
-        yield messages.volume_watched("t2", checkpoint=WatchCheckpoint(list_complete=True))
-        yield messages.volume_watched("t3", modified=messages.volume("data", "train", "serve"))
+async def test_a_watch_of_volumes_shows_the_containers_that_mount_them(server: ScriptedServer) -> None:
+    async def volume_changes(_: Any, context: Context) -> AsyncIterator[volume_service_pb2.WatchVolumesResponse]:
+        yield messages.volume_watch_event("t1", added=messages.volume())
+        yield messages.volume_watch_event("t2", checkpoint=WatchCheckpoint(list_complete=True))
+        yield messages.volume_watch_event("t3", modified=messages.volume("data", "train", "serve"))
         await abort(context, grpc.StatusCode.OUT_OF_RANGE, "RESUME_TOKEN_EXPIRED")
 
-    server.on("WatchVolumes", told)
+    server.on("WatchVolumes", volume_changes)
     ended = await run(server.address, "volume", "watch", "--owner", "me", "--resume-token", "t0", "--changes-only")
     assert "RESUME_TOKEN_EXPIRED" in ended.err
     header, *lines = [line.split() for line in ended.out.splitlines()]
@@ -104,7 +104,7 @@ async def test_a_watch_of_volumes_shows_who_mounts_them(server: ScriptedServer) 
     assert (request.resume_token, request.changes_only, request.filter.owner) == ("t0", True, "me")
     ended = await run(server.address, "-o", "json", "volume", "watch")
     shown = [json.loads(line) for line in ended.out.splitlines()]
-    assert [one["event"] for one in shown] == ["added", "checkpoint", "modified"]
+    assert [event["event"] for event in shown] == ["added", "checkpoint", "modified"]
     assert shown[2]["volume"]["attached_containers"] == ["train", "serve"]
     assert shown[1]["list_complete"] is True
 
@@ -144,9 +144,9 @@ async def test_create_sends_its_options_and_shows_stages_and_result(server: Scri
     assert list(spec.health_check.command) == ["/bin/sh", "-c", "true"]
 
 
-async def test_results_as_json_are_on_stdout_alone(server: ScriptedServer) -> None:
+async def test_json_results_are_the_only_output_on_stdout(server: ScriptedServer) -> None:
     server.on("CreateContainer", created)
-    server.on("ListContainers", saying(pb.ListContainersResponse(containers=[messages.container()])))
+    server.on("ListContainers", reply_with(pb.ListContainersResponse(containers=[messages.container()])))
     made = await run(server.address, "-o", "json", "create", "train", "busybox")
     assert json.loads(made.out)["status"]["gpu_uuids"] == ["GPU-1"]
     listed = json.loads((await run(server.address, "-o", "json", "ps", "--state", "running", "--label", "team")).out)
@@ -155,11 +155,11 @@ async def test_results_as_json_are_on_stdout_alone(server: ScriptedServer) -> No
     assert server.requests["ListContainers"][0].filter.labels["team"] == ""
 
 
-async def test_tables(server: ScriptedServer) -> None:
-    card = gpu_pb2.Gpu(uuid="GPU-1", name="A100", memory_total_bytes=80 * 2**30, health=gpu_pb2.GPU_HEALTH_HEALTHY)
-    card.utilization_percent = 0
-    card.container = "train"
-    server.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=[card])))
+async def test_lists_are_printed_as_tables(server: ScriptedServer) -> None:
+    gpu = gpu_pb2.Gpu(uuid="GPU-1", name="A100", memory_total_bytes=80 * 2**30, health=gpu_pb2.GPU_HEALTH_HEALTHY)
+    gpu.utilization_percent = 0
+    gpu.container = "train"
+    server.on("ListGpus", reply_with(node_service_pb2.ListGpusResponse(gpus=[gpu])))
     row = (await run(server.address, "gpus", "--held")).out.splitlines()[1]
     assert re.split(r"\s{2,}", row) == ["0", "GPU-1", "A100", "80.0 GiB", "-", "0%", "-", "-", "HEALTHY", "train"]
     assert server.requests["ListGpus"][0].filter.claimed is True
@@ -167,26 +167,26 @@ async def test_tables(server: ScriptedServer) -> None:
         uuid="GPU-2", health=gpu_pb2.GPU_HEALTH_LOST, health_message="XID 79", unschedulable_reason="XID 79"
     )
     divided = gpu_pb2.Gpu(uuid="GPU-3", health=gpu_pb2.GPU_HEALTH_HEALTHY, unschedulable_reason="its MIG mode is on")
-    server.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=[lost, divided])))
+    server.on("ListGpus", reply_with(node_service_pb2.ListGpusResponse(gpus=[lost, divided])))
     rows = (await run(server.address, "gpus")).out.splitlines()[1:]
     shown = [re.split(r"\s{2,}", row)[-2:] for row in rows]
     assert shown == [["LOST (XID 79)", "-"], ["HEALTHY (its MIG mode is on)", "-"]]
     claim = PortClaim(host_port=40001, protocol=PORT_PROTOCOL_TCP, container="train", container_port=80)
-    server.on("ListPorts", saying(node_service_pb2.ListPortsResponse(ports=[claim])))
+    server.on("ListPorts", reply_with(node_service_pb2.ListPortsResponse(ports=[claim])))
     assert (await run(server.address, "ports")).out.splitlines()[1].split() == ["40001", "tcp", "train", "80"]
-    server.on("GetNode", saying(node_service_pb2.GetNodeResponse(node=Node(name="gpu1", free_gpus=3))))
+    server.on("GetNode", reply_with(node_service_pb2.GetNodeResponse(node=Node(name="gpu1", free_gpus=3))))
     assert "GPUs:" in (await run(server.address, "node")).out
-    server.on("GetContainer", saying(pb.GetContainerResponse(container=messages.container())))
+    server.on("GetContainer", reply_with(pb.GetContainerResponse(container=messages.container())))
     assert "memory:           1.0 GiB" in (await run(server.address, "get", "train")).out
     snapshot = messages.operation(*STAGES)
-    server.on("ListOperations", saying(operation_service_pb2.ListOperationsResponse(operations=[snapshot])))
+    server.on("ListOperations", reply_with(operation_service_pb2.ListOperationsResponse(operations=[snapshot])))
     assert messages.OPERATION_ID in (await run(server.address, "operations", "list", "--container", "train")).out
     assert server.requests["ListOperations"][0].filter.target.name == "train"
-    server.on("GetOperation", saying(operation_service_pb2.GetOperationResponse(operation=snapshot)))
+    server.on("GetOperation", reply_with(operation_service_pb2.GetOperationResponse(operation=snapshot)))
     assert "pull-image  SUCCEEDED  1.5s  3.0 MiB" in (await run(server.address, "operations", "get", "x")).out
 
 
-async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
+async def test_a_plan_is_the_only_output_of_validate_only(server: ScriptedServer) -> None:
     async def planned(_: Any, __: Context) -> AsyncIterator[pb.ScaleContainerResponse]:
         plan = operation_pb2.OperationPlan(
             stages=["stop", "carry"],
@@ -199,7 +199,7 @@ async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
         yield pb.ScaleContainerResponse(operation=operation_pb2.Operation(plan=plan))
 
     server.on("ScaleContainer", planned)
-    server.on("GetContainer", saying(pb.GetContainerResponse(container=messages.container())))
+    server.on("GetContainer", reply_with(pb.GetContainerResponse(container=messages.container())))
     ended = await run(
         server.address, "scale", "train", "--gpus", "4", "--memory", "0", "--strategy", "live", "--validate-only"
     )
@@ -212,7 +212,7 @@ async def test_a_plan_is_shown_and_nothing_else(server: ScriptedServer) -> None:
     assert (request.HasField("memory_bytes"), request.HasField("cpus")) == (True, False)
 
 
-async def test_update_sends_what_was_given_and_clears_what_is_named(server: ScriptedServer) -> None:
+async def test_update_sends_its_options_and_clears_named_fields(server: ScriptedServer) -> None:
     async def updated(_: Any, __: Context) -> AsyncIterator[pb.UpdateContainerResponse]:
         yield pb.UpdateContainerResponse(result=messages.container())
 
@@ -232,13 +232,13 @@ async def test_update_sends_what_was_given_and_clears_what_is_named(server: Scri
     assert not request.spec.HasField("health_check")
 
 
-async def test_clone_sends_what_differs(server: ScriptedServer) -> None:
+async def test_clone_sends_its_differences(server: ScriptedServer) -> None:
     async def cloned(_: Any, __: Context) -> AsyncIterator[pb.CloneContainerResponse]:
         yield pb.CloneContainerResponse(result=messages.container("other"))
 
     source = ContainerRevision(container="train", revision=3)
     source.spec.gpus.model = "a100"
-    server.on("GetContainerRevision", saying(pb.GetContainerRevisionResponse(revision=source)))
+    server.on("GetContainerRevision", reply_with(pb.GetContainerRevisionResponse(revision=source)))
     server.on("CloneContainer", cloned)
     options = ("--revision", "3", "--gpus", "1", "--clear", "ports", "--owner", "me", "--create-only")
     ended = await run(server.address, "clone", "train", "other", *options, "--", "sleep", "9")
@@ -251,22 +251,22 @@ async def test_clone_sends_what_differs(server: ScriptedServer) -> None:
     assert server.requests["GetContainerRevision"][0].revision == 3
 
 
-async def test_history_is_a_table_that_marks_the_current_revision(server: ScriptedServer) -> None:
-    one = ContainerRevision(container="train", revision=1, gpu_uuids=["GPU-1"], layer_bytes=3 * 2**20)
-    one.spec.image, one.cause = "busybox", REVISION_CAUSE_CREATED
-    one.snapshot.kind, one.snapshot.new_bytes = SNAPSHOT_KIND_TREE, 2**20
+async def test_revisions_are_a_table_that_marks_the_current_one(server: ScriptedServer) -> None:
+    first = ContainerRevision(container="train", revision=1, gpu_uuids=["GPU-1"], layer_bytes=3 * 2**20)
+    first.spec.image, first.cause = "busybox", REVISION_CAUSE_CREATED
+    first.snapshot.kind, first.snapshot.new_bytes = SNAPSHOT_KIND_TREE, 2**20
     two = ContainerRevision(container="train", revision=2, cause=REVISION_CAUSE_ROLLED_BACK, current=True)
     two.spec.image = "busybox"
-    server.on("ListContainerRevisions", saying(pb.ListContainerRevisionsResponse(revisions=[one, two])))
+    server.on("ListContainerRevisions", reply_with(pb.ListContainerRevisionsResponse(revisions=[first, two])))
     head, *rows = (await run(server.address, "revisions", "train")).out.splitlines()
     assert head.split() == ["REVISION", "CAUSE", "GPUS", "IMAGE", "SIZE", "SNAPSHOT", "AGE"]
     assert re.split(r"\s{2,}", rows[0]) == ["1", "CREATED", "1", "busybox", "3.0 MiB", "tree"]
     assert re.split(r"\s{2,}", rows[1]) == ["2 *", "ROLLED_BACK", "0", "busybox", "-", "-"]
-    server.on("GetContainerRevision", saying(pb.GetContainerRevisionResponse(revision=one)))
+    server.on("GetContainerRevision", reply_with(pb.GetContainerRevisionResponse(revision=first)))
     shown = (await run(server.address, "revision", "get", "train", "1")).out
     assert "on the disk:  1.0 MiB that no other one has" in shown
     assert server.requests["GetContainerRevision"][0].revision == 1
-    server.on("DeleteContainerRevision", refusal(grpc.StatusCode.FAILED_PRECONDITION, "REVISION_IS_CURRENT"))
+    server.on("DeleteContainerRevision", error_reply(grpc.StatusCode.FAILED_PRECONDITION, "REVISION_IS_CURRENT"))
     assert (await run(server.address, "revision", "delete", "train", "2")).code == 7
 
 
@@ -285,9 +285,9 @@ async def test_an_error_is_one_line_and_an_exit_code(
 ) -> None:
     violations = [("name", "too long"), ("force", "no")] if exit_code == 2 else []
     metadata = {"operation_id": "17"} if exit_code == 6 else {}
-    server.on("DeleteContainer", refusal(code, reason, "so it is", violations=violations, metadata=metadata))
+    server.on("DeleteContainer", error_reply(code, reason, "message", violations=violations, metadata=metadata))
     ended = await run(server.address, "delete", "train")
-    lines = [f"error: {reason}: so it is"]
+    lines = [f"error: {reason}: message"]
     if violations:
         lines = [f"error: {reason}: 2 fields are not valid", "  name: too long", "  force: no"]
     hint = {
@@ -297,14 +297,14 @@ async def test_an_error_is_one_line_and_an_exit_code(
     assert (ended.code, ended.out, ended.err.splitlines()) == (exit_code, "", lines + hint.get(exit_code, []))
 
 
-async def test_one_field_that_is_not_valid_is_named_once(server: ScriptedServer) -> None:
-    """The message is made of the violations, and both were printed."""
-    wrong = refusal(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT", "a: b", violations=[("a", "b")])
+async def test_a_single_violation_is_printed_once(server: ScriptedServer) -> None:
+    """The message of the error contains the violation already."""
+    wrong = error_reply(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT", "a: b", violations=[("a", "b")])
     server.on("DeleteContainer", wrong)
     assert (await run(server.address, "rm", "train")).err == "error: INVALID_ARGUMENT: a: b\n"
 
 
-async def test_an_operation_that_fails_shows_where(server: ScriptedServer) -> None:
+async def test_a_failed_operation_shows_its_failed_stage(server: ScriptedServer) -> None:
     async def exhausted(_: Any, context: Context) -> AsyncIterator[Created]:
         stages = (messages.stage("claim", operation_pb2.OPERATION_STAGE_STATE_FAILED, seconds=0),)
         yield Created(operation=messages.operation(*stages, state=operation_pb2.OPERATION_STATE_FAILED))
@@ -321,7 +321,7 @@ async def test_an_operation_that_fails_shows_where(server: ScriptedServer) -> No
 
 
 @pytest.mark.parametrize("command", ["ps", "create train busybox", "operations watch 17"])
-async def test_nobody_answers(server: ScriptedServer, command: str) -> None:
+async def test_a_missing_daemon_is_reported_with_a_next_step(server: ScriptedServer, command: str) -> None:
     await server.stop()
     ended = await run(server.address, *command.split())
     assert ended.code == 8
@@ -330,9 +330,9 @@ async def test_nobody_answers(server: ScriptedServer, command: str) -> None:
     assert step == "next: check that it runs: systemctl status gpudockd; or give another --address"
 
 
-async def test_ctrl_c_says_that_the_operation_goes_on(server: ScriptedServer) -> None:
+async def test_ctrl_c_prints_that_the_operation_continues(server: ScriptedServer) -> None:
     async def endless(_: Any, __: Context) -> AsyncIterator[Created]:
-        yield Created(operation=messages.operation(STAGES[0], messages.stage("create", messages.WORKS)))
+        yield Created(operation=messages.operation(STAGES[0], messages.stage("create", messages.RUNNING)))
         await asyncio.Event().wait()
 
     server.on("CreateContainer", endless)
@@ -349,16 +349,18 @@ async def test_ctrl_c_says_that_the_operation_goes_on(server: ScriptedServer) ->
     ]
 
 
-async def test_cancel_waits_for_the_undoing(server: ScriptedServer) -> None:
+async def test_cancel_waits_for_the_undo(server: ScriptedServer) -> None:
     async def undone(_: Any, context: Context) -> AsyncIterator[operation_service_pb2.WatchOperationResponse]:
         stages = (messages.stage("create", operation_pb2.OPERATION_STAGE_STATE_UNDONE),)
         yield operation_service_pb2.WatchOperationResponse(operation=messages.operation(*stages))
         await abort(context, grpc.StatusCode.CANCELLED, "OPERATION_CANCELLED", "cancelled")
 
     ended_operation = messages.operation(state=operation_pb2.OPERATION_STATE_CANCELLED)
-    server.on("CancelOperation", saying(operation_service_pb2.CancelOperationResponse(operation=messages.operation())))
+    server.on(
+        "CancelOperation", reply_with(operation_service_pb2.CancelOperationResponse(operation=messages.operation()))
+    )
     server.on("WatchOperation", undone)
-    server.on("GetOperation", saying(operation_service_pb2.GetOperationResponse(operation=ended_operation)))
+    server.on("GetOperation", reply_with(operation_service_pb2.GetOperationResponse(operation=ended_operation)))
     ended = await run(server.address, "operations", "cancel", messages.OPERATION_ID, "--wait")
     assert (ended.code, ended.err) == (0, "create  undone  1.5s\n")
     assert "CANCELLED" in ended.out
@@ -366,14 +368,14 @@ async def test_cancel_waits_for_the_undoing(server: ScriptedServer) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("create c i --memory lots", "invalid size 'lots'; use"),
         ("create c i --gpus 1 --gpu GPU-1", "selects GPUs by UUID"),
         ("create c i --gpu-model a100", "need --gpus"),
         ("create c i -e NOT_SET_ANYWHERE", "is not set in the environment"),
         ("create c i --label A", "give KEY=VALUE"),
-        ("create c i --pull perhaps", "'perhaps' is not one of"),
+        ("create c i --pull unknown", "'unknown' is not one of"),
         ("create c i -e A=\udcff", "not UTF-8"),
         ("delete \udcff", "not UTF-8"),
         ("scale c", "nothing to change"),
@@ -386,10 +388,10 @@ async def test_cancel_waits_for_the_undoing(server: ScriptedServer) -> None:
         ("--token-file /nowhere ps", "does not exist"),
     ],
 )
-def test_wrong_usage_sends_nothing(arguments: str, said: str) -> None:
+def test_wrong_usage_is_refused_without_a_call(arguments: str, message: str) -> None:
     result = CliRunner().invoke(main, ["--address", "/nowhere", *arguments.split()])
     assert result.exit_code == 2
-    assert said in result.output
+    assert message in result.output
 
 
 @pytest.mark.parametrize(
@@ -425,7 +427,9 @@ def test_every_command_has_help(command: str) -> None:
         ("reg:5000/model:v1", ("reg:5000/model", "v1")),
     ],
 )
-async def test_commit(server: ScriptedServer, image: str, sent: tuple[str, str]) -> None:
+async def test_commit_sends_its_options_and_shows_the_image(
+    server: ScriptedServer, image: str, sent: tuple[str, str]
+) -> None:
     async def committed(_: Any, __: Context) -> AsyncIterator[pb.CommitContainerResponse]:
         yield pb.CommitContainerResponse(operation=messages.operation())
         yield pb.CommitContainerResponse(

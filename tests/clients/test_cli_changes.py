@@ -1,4 +1,4 @@
-"""Changing a container's spec by the command: what is sent, what is shown, and what is asked at a terminal."""
+"""Changes of a spec with the command: requests, plans, and questions at a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gpudock.v1 import container_service_pb2 as pb
 
 from tests.clients import messages
 from tests.clients.command import DEADLINE, read_until, run, spawn
-from tests.clients.scripted import Context, ScriptedServer, saying
+from tests.clients.scripted_server import Context, ScriptedServer, reply_with
 from tests.rig.patience import limit
 
 CHANGES = (
@@ -33,10 +33,10 @@ CHANGES = (
 
 
 @pytest.fixture
-def changing(server: ScriptedServer) -> ScriptedServer:
-    """Has a container with the etag `e1`; its changes restart the process."""
+def change_server(server: ScriptedServer) -> ScriptedServer:
+    """A server with a container with etag `e1`, whose changes restart the process."""
 
-    def answering(response: Any) -> Any:
+    def change_reply(response: Any) -> Any:
         async def answer(request: Any, _: Context) -> AsyncIterator[Any]:
             if request.validate_only:
                 plan = operation_pb2.OperationPlan(stages=["stop"], restarts_process=True, spec_changes=CHANGES)
@@ -49,21 +49,21 @@ def changing(server: ScriptedServer) -> ScriptedServer:
     container = messages.container()
     container.etag = "e1"
     container.spec.gpus.CopyFrom(container_pb2.GpuRequest(count=1, model="a100", min_memory_bytes=7))
-    server.on("GetContainer", saying(pb.GetContainerResponse(container=container)))
+    server.on("GetContainer", reply_with(pb.GetContainerResponse(container=container)))
     for name in ("Update", "Scale", "Rollback", "Start"):
-        server.on(f"{name}Container", answering(getattr(pb, f"{name}ContainerResponse")))
+        server.on(f"{name}Container", change_reply(getattr(pb, f"{name}ContainerResponse")))
     return server
 
 
-async def test_update_adds_and_removes_entries(changing: ScriptedServer) -> None:
-    """All but the entries that were named was removed: -e C=3 left C alone in the environment."""
+async def test_update_adds_and_removes_single_entries(change_server: ScriptedServer) -> None:
+    """Options change the entries that they name, and keep all others."""
     options = (
         *("-e", "C=3", "--env-rm", "A", "-v", "second:/s", "--tmpfs", "/t", "--volume-rm", "/data"),
         *("-p", "9999", "--port-rm", "8888", "--port-rm", "53/udp", "--label", "a=b", "--label-rm", "team"),
     )
-    ended = await run(changing.address, "update", "train", *options)
+    ended = await run(change_server.address, "update", "train", *options)
     assert ended.code == 0, ended
-    [request] = changing.requests["UpdateContainer"]
+    [request] = change_server.requests["UpdateContainer"]
     assert (list(request.update_mask.paths), request.spec) == ([], ContainerSpec())
     assert request.edits == pb.ContainerSpecEdits(
         set_env={"C": "3"},
@@ -80,19 +80,19 @@ async def test_update_adds_and_removes_entries(changing: ScriptedServer) -> None
     )
 
 
-async def test_replacing_all_is_said(changing: ScriptedServer) -> None:
+async def test_replace_options_replace_all_entries(change_server: ScriptedServer) -> None:
     options = ("-e", "C=3", "--replace-env", "-p", "80", "--replace-ports", "--label-rm", "x", "--clear", "mounts")
-    assert (await run(changing.address, "update", "train", *options)).code == 0
-    [request] = changing.requests["UpdateContainer"]
+    assert (await run(change_server.address, "update", "train", *options)).code == 0
+    [request] = change_server.requests["UpdateContainer"]
     assert sorted(request.update_mask.paths) == ["env", "mounts", "ports"]
     assert dict(request.spec.env) == {"C": "3"}
     assert request.edits == pb.ContainerSpecEdits(remove_labels=["x"])
 
 
-async def test_parts_of_a_message_leave_its_other_parts(changing: ScriptedServer) -> None:
+async def test_an_option_of_a_part_keeps_the_other_parts(change_server: ScriptedServer) -> None:
     options = ("--keep-for", "2h", "--keep-files", "cheap", "--health-cmd", "true")
-    assert (await run(changing.address, "update", "train", *options)).code == 0
-    [request] = changing.requests["UpdateContainer"]
+    assert (await run(change_server.address, "update", "train", *options)).code == 0
+    [request] = change_server.requests["UpdateContainer"]
     assert sorted(request.update_mask.paths) == [
         "health_check.command",
         "revision_policy.keep_for",
@@ -101,43 +101,43 @@ async def test_parts_of_a_message_leave_its_other_parts(changing: ScriptedServer
 
 
 @pytest.mark.parametrize("command", ["update", "scale", "start"])
-async def test_a_number_of_gpus_leaves_their_kind_as_it_is(changing: ScriptedServer, command: str) -> None:
-    assert (await run(changing.address, command, "train", "--gpus", "2")).code == 0
+async def test_a_number_of_gpus_keeps_their_model_and_memory(change_server: ScriptedServer, command: str) -> None:
+    assert (await run(change_server.address, command, "train", "--gpus", "2")).code == 0
     assert (
-        await run(changing.address, command, "train", "--gpus", "2", "--gpu-model", "", "--gpu-memory", "8")
+        await run(change_server.address, command, "train", "--gpus", "2", "--gpu-model", "", "--gpu-memory", "8")
     ).code == 0
-    first, second = changing.requests[f"{command.title()}Container"]
-    asked = [request.spec.gpus if command == "update" else request.gpus for request in (first, second)]
-    assert asked[0] == container_pb2.GpuRequest(count=2, model="a100", min_memory_bytes=7)
-    assert asked[1] == container_pb2.GpuRequest(count=2, min_memory_bytes=8)
+    first, second = change_server.requests[f"{command.title()}Container"]
+    sent = [request.spec.gpus if command == "update" else request.gpus for request in (first, second)]
+    assert sent[0] == container_pb2.GpuRequest(count=2, model="a100", min_memory_bytes=7)
+    assert sent[1] == container_pb2.GpuRequest(count=2, min_memory_bytes=8)
     assert first.etag == "e1", "what the kind was read from"
 
 
-async def test_all_gpus_are_those_that_are_free_or_its_own(changing: ScriptedServer) -> None:
-    def card(number: int, **fields: Any) -> gpu_pb2.Gpu:
+async def test_all_gpus_are_the_free_ones_and_those_of_the_container(change_server: ScriptedServer) -> None:
+    def gpu(number: int, **fields: Any) -> gpu_pb2.Gpu:
         return gpu_pb2.Gpu(
             **{"uuid": f"GPU-{number}", "name": "NVIDIA A100", "memory_total_bytes": 80, "schedulable": True, **fields}
         )
 
-    cards = [
-        card(0),
-        card(1, container="train"),
-        card(2, container="other"),
-        card(3, schedulable=False),
-        card(4, name="T4"),
-        card(5, memory_total_bytes=6),
+    gpus = [
+        gpu(0),
+        gpu(1, container="train"),
+        gpu(2, container="other"),
+        gpu(3, schedulable=False),
+        gpu(4, name="T4"),
+        gpu(5, memory_total_bytes=6),
     ]
-    changing.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=cards)))
-    ended = await run(changing.address, "scale", "train", "--gpus", "all")
+    change_server.on("ListGpus", reply_with(node_service_pb2.ListGpusResponse(gpus=gpus)))
+    ended = await run(change_server.address, "scale", "train", "--gpus", "all")
     assert (ended.code, ended.err) == (0, "--gpus all: 2\n"), ended
-    assert changing.requests["ScaleContainer"][0].gpus.count == 2
-    changing.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=cards[2:])))
+    assert change_server.requests["ScaleContainer"][0].gpus.count == 2
+    change_server.on("ListGpus", reply_with(node_service_pb2.ListGpusResponse(gpus=gpus[2:])))
     refused = await run(
-        changing.address, "create", "train", "busybox", "--gpus", "all", "--gpu-model", "a100", "--gpu-memory", "9"
+        change_server.address, "create", "train", "busybox", "--gpus", "all", "--gpu-model", "a100", "--gpu-memory", "9"
     )
     assert (refused.code, refused.out) == (4, "")
     assert "no matching GPU is free" in refused.err
-    assert not changing.requests["CreateContainer"]
+    assert not change_server.requests["CreateContainer"]
 
 
 DIFFERENCE = [
@@ -148,10 +148,10 @@ DIFFERENCE = [
 ]
 
 
-async def test_a_plan_shows_what_changes_in_the_spec(changing: ScriptedServer) -> None:
-    ended = await run(changing.address, "update", "train", "-e", "C=3", "--validate-only")
+async def test_a_plan_shows_the_changes_of_the_spec(change_server: ScriptedServer) -> None:
+    ended = await run(change_server.address, "update", "train", "-e", "C=3", "--validate-only")
     assert [line.removeprefix("spec:").strip() for line in ended.out.splitlines()[-4:]] == DIFFERENCE
-    [request] = changing.requests["UpdateContainer"]
+    [request] = change_server.requests["UpdateContainer"]
     assert request.validate_only
 
 
@@ -164,39 +164,41 @@ async def test_a_plan_shows_what_changes_in_the_spec(changing: ScriptedServer) -
     ],
 )
 @pytest.mark.parametrize("answer", ["y", "n"])
-async def test_a_restart_is_asked_for_at_a_terminal(
-    changing: ScriptedServer, words: str, rpc: str, answer: str
+async def test_a_restart_is_confirmed_at_a_terminal(
+    change_server: ScriptedServer, words: str, rpc: str, answer: str
 ) -> None:
-    ours, theirs = pty.openpty()
-    process = await spawn(changing.address, *words.split(), stdin=theirs, stdout=theirs, stderr=theirs)
+    terminal, command_end = pty.openpty()
+    process = await spawn(
+        change_server.address, *words.split(), stdin=command_end, stdout=command_end, stderr=command_end
+    )
     try:
-        shown = (await read_until(ours, b"[y/N]: ")).decode().replace("\r\n", "\n")
+        shown = (await read_until(terminal, b"[y/N]: ")).decode().replace("\r\n", "\n")
         assert shown.startswith("\n".join(DIFFERENCE) + "\nThis stops and restarts the process of train. Continue?")
-        os.write(ours, f"{answer}\n".encode())
+        os.write(terminal, f"{answer}\n".encode())
         assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == (0 if answer == "y" else 1)
     finally:
-        os.close(ours)
-        os.close(theirs)
-    planned, *made = changing.requests[rpc]
+        os.close(terminal)
+        os.close(command_end)
+    planned, *changes = change_server.requests[rpc]
     assert (planned.validate_only, planned.etag) == (True, "e1")
-    assert [(request.validate_only, request.etag) for request in made] == ([(False, "e1")] if answer == "y" else [])
+    assert [(request.validate_only, request.etag) for request in changes] == ([(False, "e1")] if answer == "y" else [])
 
 
-async def test_yes_goes_on_without_a_question(changing: ScriptedServer) -> None:
-    ours, theirs = pty.openpty()
+async def test_yes_skips_the_question(change_server: ScriptedServer) -> None:
+    terminal, command_end = pty.openpty()
     words = ("update", "train", "-e", "C=3", "-y")
-    process = await spawn(changing.address, *words, stdin=theirs, stdout=theirs, stderr=theirs)
+    process = await spawn(change_server.address, *words, stdin=command_end, stdout=command_end, stderr=command_end)
     try:
         assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == 0
     finally:
-        os.close(ours)
-        os.close(theirs)
-    [request] = changing.requests["UpdateContainer"]
+        os.close(terminal)
+        os.close(command_end)
+    [request] = change_server.requests["UpdateContainer"]
     assert not request.validate_only
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             "update c -e A=1 --clear env",
@@ -210,14 +212,14 @@ async def test_yes_goes_on_without_a_question(changing: ScriptedServer) -> None:
         ("clone c d --replace-volumes", "--replace-volumes needs -v or --tmpfs"),
     ],
 )
-def test_what_contradicts_itself_is_refused(arguments: str, said: str) -> None:
+def test_contradicting_options_are_refused(arguments: str, message: str) -> None:
     result = CliRunner().invoke(main, ["--address", "/nowhere", *arguments.split()])
     assert result.exit_code == 2
-    assert said in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ("run busybox true", "use -d to run it in the background, and then `gpudock exec -it NAME -- sh`"),
         ("run -it --name c busybox", "use -d to run it in the background"),
@@ -229,10 +231,10 @@ def test_what_contradicts_itself_is_refused(arguments: str, said: str) -> None:
         ),
     ],
 )
-def test_what_docker_can_and_gpudock_cannot_is_refused_with_what_to_do(arguments: str, said: str) -> None:
+def test_options_of_docker_that_gpudock_lacks_are_refused_with_a_remedy(arguments: str, message: str) -> None:
     result = CliRunner().invoke(main, ["--address", "/nowhere", *arguments.split()])
     assert result.exit_code == 2
-    assert said in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
 
 
 WHOLE = ContainerSpec(
@@ -263,8 +265,8 @@ WHOLE = ContainerSpec(
 )
 
 
-def test_get_shows_all_that_was_set() -> None:
-    """The environment, the user, the health check and most other fields were not shown."""
+def test_get_shows_every_field_that_is_set() -> None:
+    """Every field of the spec has a line, also the environment, the user and the health check."""
     shown = container_view(Container(spec=WHOLE))
     for field in ContainerSpec.DESCRIPTOR.fields:
         assert getattr(WHOLE, field.name), f"{field.name} is not set here"
@@ -284,14 +286,14 @@ def test_get_shows_all_that_was_set() -> None:
         assert text in shown
 
 
-def test_get_says_that_a_process_was_killed_for_memory() -> None:
+def test_get_shows_that_a_process_was_killed_for_lack_of_memory() -> None:
     for killed in (True, False):
         shown = container_view(Container(status=container_pb2.ContainerStatus(oom_killed=killed)))
         assert ("killed for memory" in shown) == killed
 
 
-def test_a_driver_that_is_not_loaded_does_not_answer() -> None:
-    """A node without a driver is healthy, but no driver answers there."""
+def test_a_node_without_a_driver_shows_that_none_answers() -> None:
+    """Such a node is healthy."""
     driver = node_pb2.NODE_COMPONENT_GPU_DRIVER
     component = node_pb2.ComponentHealth(component=driver, healthy=True, message="NVML cannot be used")
     shown = node_view(node_pb2.Node(components=[component]))
@@ -300,14 +302,14 @@ def test_a_driver_that_is_not_loaded_does_not_answer() -> None:
     assert "answers: NVML cannot be used" in loaded
 
 
-def test_a_plan_leaves_out_room_that_was_not_measured() -> None:
+def test_a_plan_omits_unknown_available_bytes() -> None:
     assert "available: 4.0 KiB" in plan_view(operation_pb2.OperationPlan(bytes_to_move=1, bytes_available=4096))
     assert "room" not in plan_view(operation_pb2.OperationPlan(bytes_to_move=1))
 
 
-async def test_inspect_shows_json_and_output_is_taken_after_the_command(changing: ScriptedServer) -> None:
-    inspected = json.loads((await run(changing.address, "inspect", "train")).out)
+async def test_inspect_prints_json_and_output_can_follow_the_command(change_server: ScriptedServer) -> None:
+    inspected = json.loads((await run(change_server.address, "inspect", "train")).out)
     assert inspected["name"] == "train"
-    assert json.loads((await run(changing.address, "get", "train", "-o", "json")).out) == inspected
-    assert json.loads((await run(changing.address, "get", "-o", "json", "train")).out) == inspected
-    assert (await run(changing.address, "-o", "json", "get", "train", "-o", "table")).out.startswith("name:")
+    assert json.loads((await run(change_server.address, "get", "train", "-o", "json")).out) == inspected
+    assert json.loads((await run(change_server.address, "get", "-o", "json", "train")).out) == inspected
+    assert (await run(change_server.address, "-o", "json", "get", "train", "-o", "table")).out.startswith("name:")

@@ -1,4 +1,4 @@
-"""Errors of the command: one sentence, the next step, and what was probably meant."""
+"""Errors of the command: one sentence, the next step, and suggestions for mistyped words."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gpudock.cli._next_steps import NEXT_STEPS, next_step
 from gpudock.errors import ErrorDetails
 
 from tests.clients.command import run
-from tests.clients.scripted import ScriptedServer, refusal
+from tests.clients.scripted_server import ScriptedServer, error_reply
 from tests.rig.rig import REPOSITORY
 
 _REASONS = [value.name.removeprefix("ERROR_REASON_") for value in ErrorReason.DESCRIPTOR.values if value.number]
-# The message of these says all there is to do.
+# The messages of these errors say what to do.
 _SELF_EXPLAINING = {
     *("INVALID_ARGUMENT", "REQUEST_ID_REUSED", "STALE_ETAG", "PERMISSION_DENIED", "ENGINE_REJECTED", "SHUTTING_DOWN"),
     *("DISK_FULL", "RECORD_UNREADABLE", "STORE_FULL", "WRONG_NODE", "START_FAILED", "LAYER_CARRY_FAILED"),
@@ -31,14 +31,14 @@ _SELF_EXPLAINING = {
 _PROTO = (REPOSITORY / "protos/gpudock/v1/error_reason.proto").read_text()
 
 
-def test_every_reason_has_a_next_step_or_says_all_itself() -> None:
-    """A new reason is decided upon: it is in exactly one of the two."""
+def test_every_reason_has_a_next_step_or_explains_itself() -> None:
+    """A new reason must be added to exactly one of the two."""
     assert set(NEXT_STEPS) | _SELF_EXPLAINING == set(_REASONS)
     assert not set(NEXT_STEPS) & _SELF_EXPLAINING
 
 
 @pytest.mark.parametrize("reason", sorted(NEXT_STEPS))
-def test_a_next_step_uses_what_the_contract_promises_and_names_a_command_that_exists(reason: str) -> None:
+def test_a_next_step_uses_metadata_of_the_contract_and_an_existing_command(reason: str) -> None:
     comment = _PROTO.partition(f"ERROR_REASON_{reason} = ")[0].rpartition("// Metadata: ")[2]
     keys = re.findall(r"{(\w+)}", NEXT_STEPS[reason])
     assert all(re.search(rf"\b{key}\b", comment) for key in keys), (keys, comment)
@@ -60,8 +60,8 @@ def test_a_next_step_uses_what_the_contract_promises_and_names_a_command_that_ex
     command.make_context(command.name, words, parent=context.parent)
 
 
-async def test_an_error_is_a_sentence_and_the_next_step(server: ScriptedServer) -> None:
-    missing = refusal(
+async def test_an_error_is_one_sentence_and_the_next_step(server: ScriptedServer) -> None:
+    missing = error_reply(
         grpc.StatusCode.NOT_FOUND,
         "REVISION_NOT_FOUND",
         "container 'train' has no revision 9",
@@ -76,15 +76,15 @@ async def test_an_error_is_a_sentence_and_the_next_step(server: ScriptedServer) 
     ]
 
 
-async def test_a_daemon_of_another_version_that_lacks_a_value_gives_no_next_step(server: ScriptedServer) -> None:
-    server.on("GetContainerRevision", refusal(grpc.StatusCode.NOT_FOUND, "REVISION_NOT_FOUND", "no such revision"))
+async def test_an_error_without_the_metadata_of_its_next_step_has_none(server: ScriptedServer) -> None:
+    server.on("GetContainerRevision", error_reply(grpc.StatusCode.NOT_FOUND, "REVISION_NOT_FOUND", "no such revision"))
     assert (await run(server.address, "revision", "get", "train", "9")).err == (
         "error: REVISION_NOT_FOUND: no such revision\n"
     )
 
 
 @pytest.mark.parametrize(
-    ("words", "meant"),
+    ("words", "suggestion"),
     [
         ("sclae train --gpus 1", "No such command 'sclae'. (Did you mean one of: 'clone', 'scale'?)"),
         ("volume lst", "No such command 'lst'. Did you mean 'list'?"),
@@ -95,11 +95,11 @@ async def test_a_daemon_of_another_version_that_lacks_a_value_gives_no_next_step
         ("--adress x ps", "No such option '--adress'. Did you mean '--address'?"),
     ],
 )
-def test_a_mistyped_word_gets_what_was_probably_meant(words: str, meant: str) -> None:
+def test_a_mistyped_word_gets_a_suggestion(words: str, suggestion: str) -> None:
     result = CliRunner().invoke(main, words.split())
     assert result.exit_code == 2
-    assert meant in result.output
+    assert suggestion in result.output
 
 
-def test_what_resembles_nothing_gets_no_guess() -> None:
+def test_a_word_that_resembles_no_command_gets_no_suggestion() -> None:
     assert "Did you mean" not in CliRunner().invoke(main, ["xyzzy"]).output

@@ -26,24 +26,24 @@ from gpudock.v1.port_pb2 import PORT_PROTOCOL_TCP
 
 from tests.clients import messages
 from tests.clients.command import DEADLINE, run, set_size, spawn
-from tests.clients.in_process import run_all
-from tests.clients.scripted import Context, ScriptedServer, abort, saying
+from tests.clients.many_commands import run_all
+from tests.clients.scripted_server import Context, ScriptedServer, abort, reply_with
 from tests.rig.patience import limit
 
-# What one example of each resource is called by -q.
+# The name of an example of each resource in the output of -q.
 _EXAMPLES: dict[str, tuple[Any, str]] = {
     "Container": (messages.container(), "train"),
     "Volume": (messages.volume(), "data"),
     "CommittedImage": (CommittedImage(name="team/model:v1", id="sha256:1"), "team/model:v1"),
     "ContainerRevision": (ContainerRevision(container="train", revision=3, current=True), "3"),
     "VolumeRevision": (VolumeRevision(revision=2), "2"),
-    "Operation": (messages.operation(messages.stage("start", messages.DONE)), messages.OPERATION_ID),
+    "Operation": (messages.operation(messages.stage("start", messages.SUCCEEDED)), messages.OPERATION_ID),
     "Gpu": (Gpu(uuid="GPU-1"), "GPU-1"),
     "PortClaim": (PortClaim(host_port=40001, protocol=PORT_PROTOCOL_TCP, container="train"), "40001/tcp"),
     "Drift": (Drift(kind=DRIFT_KIND_RESTART_POLICY_CHANGED, container="train", message="changed"), "train"),
     "Node": (Node(name="gpu1"), "gpu1"),
 }
-# Every command that lists or shows something: its arguments, and which of the examples.
+# Every command that lists or shows resources: its arguments, and its example.
 _SHOWING = {
     "clone": ("train second", "Container"),
     "commit": ("train team/model:v1", "CommittedImage"),
@@ -87,7 +87,7 @@ _PLANS = {
     *("clone", "commit", "create", "rollback", "run", "scale", "start", "update"),
     *("volume adopt", "volume delete", "volume resize"),
 }
-# Nothing to print, or what a process inside prints.
+# Commands that print nothing, or the output of a process.
 _SILENT = {"completion", "delete", "exec", "revision delete", "rm"}
 
 
@@ -100,7 +100,7 @@ def _commands(group: click.Group, path: str = "") -> Iterator[tuple[str, click.C
 
 
 def test_every_command_is_in_the_tables_of_this_file() -> None:
-    """A new command has -o and -q and is tested below, or prints nothing and is named here."""
+    """A new command is added to the commands with -o and -q, or to those that print nothing."""
     found = dict(_commands(main))
     assert set(found) == set(_SHOWING) | _SILENT | {"volume delete"}
     for name, command in found.items():
@@ -114,7 +114,7 @@ def test_every_command_is_in_the_tables_of_this_file() -> None:
 
 @pytest.fixture
 def examples(server: ScriptedServer) -> ScriptedServer:
-    """Answers every RPC with the examples; a watch ends after one event."""
+    """A server that answers every RPC with the examples; a watch ends after one event."""
     for module in (container_service_pb2, node_service_pb2, operation_service_pb2, volume_service_pb2):
         for service in module.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
@@ -142,7 +142,7 @@ def _answer(method: Any) -> Any:
 
 
 def _filled(kind: type[Any]) -> Any:
-    """Put an example into every field of a response that can have one, and the result into one that has events."""
+    """Return a response with an example in every field that can have one; of events, the result."""
     response = kind()
     for field in kind.DESCRIPTOR.fields:
         if field.message_type is None or (
@@ -205,14 +205,14 @@ async def test_a_plan_is_printed_in_every_format_but_has_no_name(examples: Scrip
         (["inspect", "-q", "-o", "json", "train"], "json"),
     ],
 )
-def test_names_only_does_not_go_with_a_format(words: list[str], format_name: str) -> None:
+def test_names_only_cannot_be_combined_with_a_format(words: list[str], format_name: str) -> None:
     result = CliRunner().invoke(main, ["--address", "/nowhere", *words])
     assert result.exit_code == 2
     assert f"-q prints names only; it cannot be combined with -o {format_name}" in result.output
 
 
-async def test_a_list_of_nothing(server: ScriptedServer) -> None:
-    server.on("ListContainers", saying(container_service_pb2.ListContainersResponse()))
+async def test_an_empty_list_is_printed(server: ScriptedServer) -> None:
+    server.on("ListContainers", reply_with(container_service_pb2.ListContainersResponse()))
     forms = (["ps", "-q"], ["ps", "-o", "yaml"], ["ps", "-o", "json"], ["ps"])
     names, as_yaml, as_json, as_table = await run_all(server.address, [list(form) for form in forms])
     assert (names.out, as_yaml.out, as_json.out) == ("", "[]\n", "[]\n")
@@ -234,7 +234,7 @@ def _long_container() -> Container:
 
 
 async def _at_terminal(address: str, columns: int, *words: str, **environment: str) -> list[str]:
-    """Return the lines that a command prints at a terminal of that width, without colours."""
+    """Return the lines that a command prints at a terminal of this width, without colours."""
     ours, theirs = pty.openpty()
     set_size(theirs, columns, 30)
     env = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "NO_COLOR"}}
@@ -261,44 +261,44 @@ def _read_all(fd: int) -> bytes:
 
 
 @pytest.mark.parametrize("words", ["ps", "get train", "operations list", "gpus", "drift", "volume list"])
-async def test_a_table_fits_the_terminal_and_loses_nothing(server: ScriptedServer, words: str) -> None:
+async def test_a_table_fits_the_terminal_without_losing_text(server: ScriptedServer, words: str) -> None:
     long = _long_container()
-    server.on("ListContainers", saying(container_service_pb2.ListContainersResponse(containers=[long] * 2)))
-    server.on("GetContainer", saying(container_service_pb2.GetContainerResponse(container=long)))
+    server.on("ListContainers", reply_with(container_service_pb2.ListContainersResponse(containers=[long] * 2)))
+    server.on("GetContainer", reply_with(container_service_pb2.GetContainerResponse(container=long)))
     operation = messages.operation()
     operation.target.name, operation.stage = _LONG["name"], "synchronize-the-files"
-    server.on("ListOperations", saying(operation_service_pb2.ListOperationsResponse(operations=[operation])))
+    server.on("ListOperations", reply_with(operation_service_pb2.ListOperationsResponse(operations=[operation])))
     gpu = Gpu(uuid=f"GPU-{messages.OPERATION_ID}", name="NVIDIA H100 80GB HBM3", container=_LONG["name"])
-    server.on("ListGpus", saying(node_service_pb2.ListGpusResponse(gpus=[gpu])))
+    server.on("ListGpus", reply_with(node_service_pb2.ListGpusResponse(gpus=[gpu])))
     drift = Drift(container=_LONG["name"], message="the restart policy was changed " * 4, plan="it is tried again " * 3)
-    server.on("ListDrift", saying(node_service_pb2.ListDriftResponse(drift=[drift])))
+    server.on("ListDrift", reply_with(node_service_pb2.ListDriftResponse(drift=[drift])))
     volume = messages.volume("data", *(f"{_LONG['name']}-{number}" for number in range(4)))
-    server.on("ListVolumes", saying(volume_service_pb2.ListVolumesResponse(volumes=[volume])))
+    server.on("ListVolumes", reply_with(volume_service_pb2.ListVolumesResponse(volumes=[volume])))
     piped = (await run(server.address, *words.split())).out.splitlines()
     shown = await _at_terminal(server.address, 80, *words.split())
     assert max(map(len, shown)) <= 80
     assert len(shown) > len(piped), "something had to wrap"
-    # A cell continues below itself: what is there is there, whatever is beside it.
+    # A long cell continues in the lines below, beside other cells.
     assert sorted("".join(shown).replace(" ", "")) == sorted("".join(piped).replace(" ", ""))
     if words in {"ps", "operations list", "volume list"}:
-        assert piped[1].split()[0] in "\n".join(shown), "the name is on one line"
+        assert piped[1].split()[0] in "\n".join(shown), "the name is split over lines"
 
 
-async def test_a_wide_terminal_has_one_line_for_each(server: ScriptedServer) -> None:
+async def test_a_wide_terminal_shows_each_container_in_one_line(server: ScriptedServer) -> None:
     answer = container_service_pb2.ListContainersResponse(containers=[_long_container()] * 2)
-    server.on("ListContainers", saying(answer))
+    server.on("ListContainers", reply_with(answer))
     shown = await _at_terminal(server.address, 400, "ps")
     assert shown == (await run(server.address, "ps")).out.splitlines()
     assert len(shown) == 3
 
 
-async def test_a_pipe_has_one_line_for_each_whatever_columns_says(
+async def test_a_pipe_gets_one_line_for_each_container_whatever_columns_is(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setenv("FORCE_COLOR", "1")
     answer = container_service_pb2.ListContainersResponse(containers=[_long_container()] * 2)
-    server.on("ListContainers", saying(answer))
+    server.on("ListContainers", reply_with(answer))
     header, *rows = (await run(server.address, "ps")).out.splitlines()
     assert header.split()[0] == "NAME"
     assert len(rows) == 2
@@ -310,7 +310,7 @@ async def test_a_watch_fits_the_terminal(server: ScriptedServer) -> None:
     async def changes(_: Any, context: Context) -> AsyncIterator[Any]:
         busy = _long_container()
         busy.status.operation_id = messages.OPERATION_ID
-        yield messages.watched("t1", added=busy)
+        yield messages.watch_event("t1", added=busy)
         await abort(context, grpc.StatusCode.OUT_OF_RANGE, "RESUME_TOKEN_EXPIRED")
 
     server.on("WatchContainers", changes)

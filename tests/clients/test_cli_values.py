@@ -1,4 +1,4 @@
-"""Numbers, sizes, times, ports and mounts as the command reads them."""
+"""Numbers, sizes, times, ports and mounts in arguments of the command."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ SIGNED = (
 
 @pytest.mark.parametrize("words", SIGNED)
 @pytest.mark.parametrize("number", ["+1", "-1"])
-def test_a_number_with_a_sign_is_refused_and_not_taken_as_the_result(words: str, number: str) -> None:
-    """`scale --gpus +1` set one GPU: it took a card away from a container that had two."""
-    # Behind `--`, so that -1 of a positional value is not read as an option.
+def test_a_number_with_a_sign_is_refused(words: str, number: str) -> None:
+    """`scale --gpus +1` would set one GPU, also for a container that has two."""
+    # After `--`, so that a positional -1 is not read as an option.
     value = ["--", number] if words.rsplit(maxsplit=1)[-1] in {"c", "v"} else [number]
     result = CliRunner().invoke(main, ["--address", "/nowhere", *words.split(), *value])
     assert result.exit_code == 2, result.output
@@ -115,23 +115,23 @@ def test_a_number_with_a_sign_is_refused_and_not_taken_as_the_result(words: str,
 
 
 def _options(command: click.Command, path: str = "") -> Iterator[tuple[str, click.Parameter]]:
-    """All options and arguments of a command and of those below it."""
+    """Return all options and arguments of a command and of its subcommands."""
     for parameter in command.params:
         yield f"{path} {parameter.opts[0]}", parameter
     if isinstance(command, click.Group):
-        for name, one in command.commands.items():
-            yield from _options(one, f"{path} {name}")
+        for name, subcommand in command.commands.items():
+            yield from _options(subcommand, f"{path} {name}")
 
 
-def test_no_number_is_read_by_click_which_takes_a_sign() -> None:
+def test_no_number_uses_a_type_of_click_which_accepts_a_sign() -> None:
     numbers = (click.types.IntParamType, click.types.FloatParamType, click.IntRange, click.FloatRange)
     options = list(_options(main))
     assert len(options) > 100
-    assert [name for name, one in options if isinstance(one.type, numbers)] == []
+    assert [name for name, parameter in options if isinstance(parameter.type, numbers)] == []
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["create", "c", "i", "--pull-stall-timeout", "0"], "'0' is too small; give a number above 0"),
         (["create", "c", "i", "--restart", "on-failure:+3"], "'+3' is not a count; give digits alone"),
@@ -141,13 +141,13 @@ def test_no_number_is_read_by_click_which_takes_a_sign() -> None:
         (["update", "c", "--label-rm", "team=x"], "'team=x' is not a name"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_before_anything_is_sent(words: list[str], told: str) -> None:
+def test_meaningless_values_are_refused_without_a_call(words: list[str], message: str) -> None:
     result = CliRunner().invoke(main, ["--address", "/nowhere", *words])
     assert result.exit_code == 2, result.output
-    assert told in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
 
 
-def test_what_is_out_of_range_says_which_range() -> None:
+def test_a_value_out_of_range_is_refused_with_the_range() -> None:
     result = CliRunner().invoke(main, ["create", "c", "i", "--gpus", "3000000000"])
     assert "3000000000 is out of range: the number must be 0 to 2147483647" in result.output
     assert "the number must be 1 to" in CliRunner().invoke(main, ["rollback", "c", "0"]).output

@@ -1,4 +1,4 @@
-"""The calls of README.md, as they stand there. The rig has an image by the name that they use."""
+"""The calls of README.md, run as written. The rig has an image with the name that they use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.rig.patience import limit
 from tests.rig.rig import REPOSITORY
 
 _IMAGE = "pytorch/pytorch:latest"
-# What the container toolkit brings into a container on a real host.
+# The program that the NVIDIA container toolkit injects on a real host.
 _NVIDIA_SMI = b"""#!/bin/sh
 echo "GPU 0: ${NVIDIA_VISIBLE_DEVICES%%,*}"
 """
@@ -29,21 +29,21 @@ _BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", _SECTION, re.MULTILINE | re.DOTALL
 
 
 def block(language: str, word: str) -> str:
-    """The one block of the section in this language with this word in it."""
+    """Return the block of the section in this language that contains this word."""
     [found] = [text for kind, text in _BLOCKS if kind == language and word in text]
     return str(found)
 
 
 @pytest.fixture
 def shell(rig: Rig, shared_daemon: Daemon, caller: Caller) -> Iterator[Shell]:  # noqa: ARG001 - deletes what is created
-    """Runs what stands in the README, with the daemon's socket in the place of the default one."""
+    """A shell that runs the README with the socket of the test daemon."""
     rig.images.derive(_IMAGE, GLIBC, files={"/usr/bin/nvidia-smi": _NVIDIA_SMI})
     yield Shell(shared_daemon)
     rig.engine.call("DELETE", f"/images/{_IMAGE}", query={"force": "1"})
 
 
 class Shell:
-    """A shell at the daemon's host."""
+    """A shell whose scripts use the socket of a daemon instead of the default one."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._socket = str(daemon.socket)
@@ -55,7 +55,7 @@ class Shell:
         }
 
     async def spawn(self, script: str, terminal: int | None = None) -> asyncio.subprocess.Process:
-        """Begin a script, at a terminal if there is one."""
+        """Start a script, at `terminal` if given."""
         streams = (
             (terminal,) * 3 if terminal is not None else (asyncio.subprocess.DEVNULL, *(asyncio.subprocess.PIPE,) * 2)
         )
@@ -66,14 +66,14 @@ class Shell:
         )
 
     async def run(self, script: str) -> str:
-        """Run a script, which must succeed; returns its output."""
+        """Run a script, which must succeed; return its output."""
         process = await self.spawn(script)
         out, err = await asyncio.wait_for(process.communicate(), limit(DEADLINE))
         assert process.returncode == 0, (script, out, err)
         return out.decode()
 
 
-async def test_grpcurl(shell: Shell, caller: Caller) -> None:
+async def test_the_grpcurl_calls_work(shell: Shell, caller: Caller) -> None:
     listing, *calls = re.split(r"^(?=grpcurl)", block("sh", "grpcurl"), flags=re.MULTILINE)[1:]
     services = (await shell.run(listing)).split()
     assert {"gpudock.v1.ContainerService", "gpudock.v1.NodeService", "gpudock.v1.OperationService"} <= set(services)
@@ -83,13 +83,13 @@ async def test_grpcurl(shell: Shell, caller: Caller) -> None:
     assert (await caller.get("train")).status.ports[0].container_port == 8888
 
 
-async def test_python(shell: Shell, caller: Caller) -> None:
-    said = await shell.run(f"python - <<'EOF'\n{block('python', 'gpudock.connect')}EOF\n")
-    assert said.startswith("GPU 0: GPU-")
+async def test_the_python_program_works(shell: Shell, caller: Caller) -> None:
+    output = await shell.run(f"python - <<'EOF'\n{block('python', 'gpudock.connect')}EOF\n")
+    assert output.startswith("GPU 0: GPU-")
     assert len((await caller.get("train")).status.gpu_uuids) == 4
 
 
-async def test_shell(shell: Shell, caller: Caller) -> None:
+async def test_the_shell_commands_work(shell: Shell, caller: Caller) -> None:
     create, enter, *rest = block("sh", "gpudock create").splitlines()
     await shell.run(create)
     await _at_a_terminal(shell, enter)
@@ -100,13 +100,13 @@ async def test_shell(shell: Shell, caller: Caller) -> None:
 
 
 async def _at_a_terminal(shell: Shell, line: str) -> None:
-    """Types into the shell that `line` begins, and leaves it."""
-    ours, theirs = pty.openpty()
-    process = await shell.spawn(line, theirs)
+    """Type into the shell that `line` starts, and exit it."""
+    terminal, command_end = pty.openpty()
+    process = await shell.spawn(line, command_end)
     try:
-        os.write(ours, b"nvidia-smi -L; exit\r")
-        await read_until(ours, b"GPU 0: GPU-")
+        os.write(terminal, b"nvidia-smi -L; exit\r")
+        await read_until(terminal, b"GPU 0: GPU-")
         assert await asyncio.wait_for(process.wait(), limit(DEADLINE)) == 0
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(terminal)
+        os.close(command_end)

@@ -1,4 +1,4 @@
-"""`gpudock volume`: what it sends, and what it shows."""
+"""`gpudock volume`: its requests and its output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpudock.v1 import volume_service_pb2 as pb
 
 from tests.clients import messages
 from tests.clients.command import run
-from tests.clients.scripted import ScriptedServer, saying
+from tests.clients.scripted_server import ScriptedServer, reply_with
 
 MIB = 1 << 20
 
@@ -29,12 +29,12 @@ def _volume(size_bytes: int = 512 * MIB) -> volume_pb2.Volume:
     )
 
 
-async def test_create_list_and_get(server: ScriptedServer) -> None:
-    server.on("CreateVolume", saying(pb.CreateVolumeResponse(volume=_volume())))
-    server.on("ListVolumes", saying(pb.ListVolumesResponse(volumes=[_volume(), _volume(0)])))
-    server.on("GetVolume", saying(pb.GetVolumeResponse(volume=_volume())))
-    made = await run(server.address, "volume", "create", "data", "512M", "--backend", "loop", "--label", "a=b")
-    assert made.code == 0, made.err
+async def test_volumes_are_created_listed_and_shown(server: ScriptedServer) -> None:
+    server.on("CreateVolume", reply_with(pb.CreateVolumeResponse(volume=_volume())))
+    server.on("ListVolumes", reply_with(pb.ListVolumesResponse(volumes=[_volume(), _volume(0)])))
+    server.on("GetVolume", reply_with(pb.GetVolumeResponse(volume=_volume())))
+    created = await run(server.address, "volume", "create", "data", "512M", "--backend", "loop", "--label", "a=b")
+    assert created.code == 0, created.err
     [request] = server.requests["CreateVolume"]
     assert (request.name, request.size_bytes, request.backend) == ("data", 512 * MIB, volume_pb2.VOLUME_BACKEND_LOOP)
     assert dict(request.labels) == {"a": "b"}
@@ -50,16 +50,16 @@ async def test_create_list_and_get(server: ScriptedServer) -> None:
 
 
 async def _resized(_: Any, __: Any) -> AsyncIterator[pb.ResizeVolumeResponse]:
-    yield pb.ResizeVolumeResponse(operation=messages.operation(messages.stage("grow", messages.WORKS)))
+    yield pb.ResizeVolumeResponse(operation=messages.operation(messages.stage("grow", messages.RUNNING)))
     yield pb.ResizeVolumeResponse(
         operation=messages.operation(
-            messages.stage("grow", messages.DONE), state=operation_pb2.OPERATION_STATE_SUCCEEDED
+            messages.stage("grow", messages.SUCCEEDED), state=operation_pb2.OPERATION_STATE_SUCCEEDED
         )
     )
     yield pb.ResizeVolumeResponse(result=_volume(1024 * MIB))
 
 
-async def test_resize_shows_its_stages(server: ScriptedServer) -> None:
+async def test_a_resize_shows_its_stages(server: ScriptedServer) -> None:
     server.on("ResizeVolume", _resized)
     ended = await run(server.address, "volume", "resize", "data", "1G")
     assert ended.code == 0, ended.err
@@ -73,11 +73,11 @@ async def _adopted(_: Any, __: Any) -> AsyncIterator[pb.AdoptVolumeResponse]:
     yield pb.AdoptVolumeResponse(result=_volume(0))
 
 
-async def test_adopt_delete_and_revisions(server: ScriptedServer) -> None:
+async def test_volumes_are_adopted_and_deleted_and_their_revisions_listed(server: ScriptedServer) -> None:
     server.on("AdoptVolume", _adopted)
-    server.on("DeleteVolume", saying(pb.DeleteVolumeResponse()))
+    server.on("DeleteVolume", reply_with(pb.DeleteVolumeResponse()))
     grown = volume_pb2.VolumeRevision(revision=2, size_bytes=MIB, cause=volume_pb2.VOLUME_REVISION_CAUSE_GROWN)
-    server.on("ListVolumeRevisions", saying(pb.ListVolumeRevisionsResponse(revisions=[grown])))
+    server.on("ListVolumeRevisions", reply_with(pb.ListVolumeRevisionsResponse(revisions=[grown])))
     assert (await run(server.address, "volume", "adopt", "data", "old_data")).code == 0
     assert server.requests["AdoptVolume"][0].engine_volume == "old_data"
     listed = await run(server.address, "volume", "revisions", "data")

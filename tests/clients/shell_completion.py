@@ -1,4 +1,4 @@
-"""Asks `gpudock` for completions as the scripts of the three shells do."""
+"""Completions of `gpudock`, requested as the scripts of the three shells do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.clients.command import DEADLINE, Ended, ended
+from tests.clients.command import DEADLINE, CommandResult, wait_for_result
 from tests.rig.patience import limit
 
 GPUDOCK = str(Path(sys.executable).with_name("gpudock"))
@@ -16,22 +16,22 @@ _BUSY_MACHINE_SECONDS = 30.0
 
 
 async def proposals(shell: str, address: str, line: str, timeout: float = _BUSY_MACHINE_SECONDS) -> list[str]:
-    """Return what completes the last word of `line`, without descriptions; nothing else may be written."""
-    answer = await answered(shell, address, line, timeout)
-    assert (answer.code, answer.err) == (0, ""), answer
-    # click ends its answer with an empty line, which the scripts drop.
-    lines = answer.out.rstrip("\n").splitlines()
+    """Return the completions of the last word of `line`, without descriptions; fail if anything else is printed."""
+    result = await run_completion(shell, address, line, timeout)
+    assert (result.code, result.err) == (0, ""), result
+    # click prints an empty line at the end, which the scripts drop.
+    lines = result.out.rstrip("\n").splitlines()
     if shell == "zsh":
-        assert len(lines) % 3 == 0, answer
+        assert len(lines) % 3 == 0, result
         return [
             value.replace("\\:", ":") for kind, value in zip(lines[::3], lines[1::3], strict=True) if kind == "plain"
         ]
-    pairs = [one.split(",", 1) for one in lines]
+    pairs = [line.split(",", 1) for line in lines]
     return [value.partition("\t")[0] for kind, value in pairs if kind == "plain"]
 
 
-async def answered(shell: str, address: str, line: str, timeout: float = _BUSY_MACHINE_SECONDS) -> Ended:
-    """Return what the command answers to the shell for `line`."""
+async def run_completion(shell: str, address: str, line: str, timeout: float = _BUSY_MACHINE_SECONDS) -> CommandResult:
+    """Return the result of the command for `line`."""
     words = line.split(" ")
     last = words[-1]
     at = last if shell == "fish" else str(len(words) - 1)
@@ -43,13 +43,13 @@ async def answered(shell: str, address: str, line: str, timeout: float = _BUSY_M
         "GPUDOCK_COMPLETION_TIMEOUT": str(timeout),
     }
     pipe = asyncio.subprocess.PIPE
-    return await ended(
+    return await wait_for_result(
         await asyncio.create_subprocess_exec(GPUDOCK, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)
     )
 
 
 async def bash(script: str, address: str) -> str:
-    """Return the output of a script of the real bash, which has gpudock on its path."""
+    """Return the output of a bash script with gpudock in its PATH."""
     path = f"{Path(GPUDOCK).parent}:{os.environ['PATH']}"
     environment = os.environ | {
         "GPUDOCK_ADDRESS": address,

@@ -1,4 +1,4 @@
-"""A real gRPC server of the contract on a unix socket, whose answers are written by the test."""
+"""A gRPC server of the contract on a unix socket, whose answers a test defines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Answer = Callable[[Any, Context], Any]
 
 
 class ScriptedServer:
-    """Answers each RPC with what the test has put down for it, and remembers what it was asked."""
+    """Answers each RPC as a test has defined, and records the requests."""
 
     def __init__(self, socket: Path) -> None:
         self.address = f"unix:{socket}"
@@ -39,21 +39,21 @@ class ScriptedServer:
         self._server: grpc.aio.Server | None = None
 
     def on(self, rpc: str, *answers: Answer) -> None:
-        """The first call of `rpc` gets the first of these, and so on; the last one stays.
+        """Define the answers to the calls of `rpc` in order; the last one answers all later calls.
 
         An answer is a coroutine function for a unary RPC and an async generator function for a stream.
         """
         self._answers[rpc] = list(answers)
 
     async def start(self) -> None:
-        """Listen."""
+        """Start to listen."""
         self._server = grpc.aio.server()
         self._server.add_generic_rpc_handlers([self._handler(service) for service in _SERVICES])
         self._server.add_insecure_port(self.address)
         await self._server.start()
 
     async def stop(self) -> None:
-        """End every call, and listen no more; it can be started again."""
+        """End all calls and stop listening. The server can be started again."""
         if self._server is not None:
             await self._server.stop(0)
 
@@ -76,7 +76,7 @@ class ScriptedServer:
                 if method.client_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            behaviour = stream  # type: ignore[assignment]  # one name for both kinds
+            behaviour = stream  # type: ignore[assignment]  # a unary or a streaming handler
         request_class = message_factory.GetMessageClass(method.input_type)
         return make(behaviour, request_class.FromString, lambda message: message.SerializeToString())
 
@@ -97,7 +97,7 @@ async def abort(
     violations: Iterable[tuple[str, str]] = (),
     retry_after: float | None = None,
 ) -> None:
-    """End the call as gpudockd does."""
+    """End the call with an error as gpudockd does."""
     status = status_pb2.Status(code=code.value[0], message=message)
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=reason, domain="gpudock", metadata=metadata or {})]
     if violations:
@@ -116,8 +116,8 @@ async def abort(
     await context.abort(code, message, (("grpc-status-details-bin", status.SerializeToString()),))
 
 
-def refusal(code: grpc.StatusCode, reason: str, message: str = "no", **details: Any) -> Answer:
-    """A unary answer that is this error."""
+def error_reply(code: grpc.StatusCode, reason: str, message: str = "no", **details: Any) -> Answer:
+    """Return a unary answer with this error."""
 
     async def answer(_: Any, context: Context) -> None:
         await abort(context, code, reason, message, **details)
@@ -125,8 +125,8 @@ def refusal(code: grpc.StatusCode, reason: str, message: str = "no", **details: 
     return answer
 
 
-def saying(message: Any) -> Answer:
-    """A unary answer that is this message."""
+def reply_with(message: Any) -> Answer:
+    """Return a unary answer with this message."""
 
     async def answer(_: Any, __: Context) -> Any:
         return message
@@ -134,11 +134,17 @@ def saying(message: Any) -> Answer:
     return answer
 
 
-async def lose(context: Context) -> None:
-    """End the call as a lost connection does: with UNAVAILABLE, and nothing of gpudockd's in it."""
+async def drop_connection(context: Context) -> None:
+    """End the call as a lost connection does: UNAVAILABLE, without details of gpudockd."""
     await context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
 
 
+async def drop_stream(_: Any, context: Context) -> AsyncIterator[Any]:
+    """Drop the connection before the first message of a stream."""
+    await drop_connection(context)
+    yield
+
+
 def unreadable_details() -> bytes:
-    """Bytes that are no google.rpc.Status."""
+    """Return bytes that are not a google.rpc.Status."""
     return base64.b64decode("//////8=")
