@@ -1,4 +1,4 @@
-"""What CommitContainer takes: the name of an image, and lines of a Dockerfile."""
+"""Requests of CommitContainer: image names, and instructions of a Dockerfile."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.rpc.request_examples import UUID, violations_of
 
 
 def request(**fields: Any) -> container_service_pb2.CommitContainerRequest:
-    """A request that is valid but for what is in `fields`."""
+    """Return a request that is valid except for `fields`."""
     return container_service_pb2.CommitContainerRequest(**{"name": "train", "repository": "team/model", **fields})
 
 
 def test_a_request_becomes_a_command() -> None:
-    asked = request(
+    full_request = request(
         tag="v1",
         author="me",
         comment="note",
@@ -28,7 +28,7 @@ def test_a_request_becomes_a_command() -> None:
         request_id=UUID,
         etag="e",
     )
-    assert commit(asked) == Commit(
+    assert commit(full_request) == Commit(
         name="train",
         reference="team/model:v1",
         author="me",
@@ -54,7 +54,7 @@ def test_a_request_becomes_a_command() -> None:
         "0123",
     ],
 )
-def test_a_repository(repository: str) -> None:
+def test_valid_repositories_are_accepted(repository: str) -> None:
     assert commit(request(repository=repository)).reference == f"{repository}:latest"
 
 
@@ -66,12 +66,12 @@ def test_a_repository(repository: str) -> None:
         "gpudock/commit",
     ],
 )  # fmt: skip
-def test_what_is_no_repository(repository: str) -> None:
+def test_invalid_repositories_are_refused(repository: str) -> None:
     assert set(violations_of(commit, request(repository=repository))) == {"repository"}
 
 
 @pytest.mark.parametrize("tag", ["-a", ".a", "a/b", "a:b", "a b", "a\n", "é", "x" * 129])
-def test_what_is_no_tag(tag: str) -> None:
+def test_invalid_tags_are_refused(tag: str) -> None:
     assert set(violations_of(commit, request(repository="Upper", tag=tag))) == {"repository", "tag"}
 
 
@@ -83,7 +83,7 @@ def test_what_is_no_tag(tag: str) -> None:
         "USER 1:2", "VOLUME /a /b", 'VOLUME ["/a b"]', "WORKDIR /srv/app", "  WORKDIR /a  ",
     ],
 )  # fmt: skip
-def test_a_change(line: str) -> None:
+def test_valid_instructions_are_accepted(line: str) -> None:
     assert commit(request(changes=[line])).changes == (line.strip(),)
 
 
@@ -116,13 +116,13 @@ def test_a_change(line: str) -> None:
         ("CMD " + "x" * 5000, "at most"),
     ],
 )
-def test_what_is_no_change(line: str, violation: str) -> None:
+def test_invalid_instructions_are_refused(line: str, violation: str) -> None:
     found = violations_of(commit, request(changes=["USER 1", line]))
     assert set(found) == {"changes[1]"}
     assert violation in found["changes[1]"]
 
 
-def test_all_of_it_at_once() -> None:
+def test_all_violations_are_reported_together() -> None:
     wrong = request(
         name="A", repository="B", tag="-", author="a" * 300, comment="c" * 2000, changes=["x"], request_id="no"
     )

@@ -1,4 +1,4 @@
-"""Records as messages: nothing lost, nothing made up, absent stays absent."""
+"""Conversion of records to messages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MOMENT = datetime(2026, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
 HOLDER = Holder(container="train", uid="u1", node="gpu1", operation_id="op1")
 
 
-@given(st.datetimes(min_value=datetime(1, 1, 1), max_value=datetime(9999, 12, 31)))  # noqa: DTZ001 - zoned below
+@given(st.datetimes(min_value=datetime(1, 1, 1), max_value=datetime(9999, 12, 31)))  # noqa: DTZ001 - the test adds the zone
 def test_times_keep_every_microsecond(moment: datetime) -> None:
     zoned = moment.replace(tzinfo=UTC)
     message = timestamp(zoned)
@@ -60,19 +60,19 @@ def test_times_keep_every_microsecond(moment: datetime) -> None:
 
 
 @given(st.timedeltas(min_value=timedelta(days=-1000), max_value=timedelta(days=1000)))
-def test_spans_keep_every_microsecond_and_are_normal(span: timedelta) -> None:
+def test_durations_keep_every_microsecond_and_are_normalized(span: timedelta) -> None:
     message = duration(span)
     assert message is not None
     assert message.ToTimedelta() == span
     assert message.seconds * message.nanos >= 0
 
 
-def test_absent_stays_absent() -> None:
+def test_missing_values_are_unset() -> None:
     assert timestamp(None) is None
     assert duration(None) is None
 
 
-def test_every_value_of_the_records_enums_has_one_of_the_contract() -> None:
+def test_every_enum_value_of_records_has_one_in_the_contract() -> None:
     assert len(set(container_messages.STATES.values())) == len(ContainerState)
     assert len(set(operation_messages.KINDS.values())) == len(OperationKind)
     assert len(set(operation_messages.STATES.values())) == len(OperationState)
@@ -129,7 +129,7 @@ SPECS = st.builds(
             protocol=st.sampled_from([port_pb2.PORT_PROTOCOL_TCP, port_pb2.PORT_PROTOCOL_UDP]),
         ),
         max_size=3,
-        unique_by=lambda asked: asked.container_port,
+        unique_by=lambda request: request.container_port,
     ),
     restart_policy=st.none()
     | st.builds(container_pb2.RestartPolicy, policy=st.sampled_from([2, 3]))
@@ -149,16 +149,16 @@ SPECS = st.builds(
 
 
 @given(SPECS)
-def test_a_spec_comes_back_as_it_was_sent(sent: container_pb2.ContainerSpec) -> None:
+def test_a_spec_is_returned_as_it_was_sent(sent: container_pb2.ContainerSpec) -> None:
     violations = Violations()
     kept = checked_spec(violations, sent)
     violations.raise_if_any()
     assert spec_message(kept) == sent
-    # Also by way of the store.
+    # Also after it was stored.
     assert spec_message(ContainerSpec.model_validate_json(kept.model_dump_json())) == sent
 
 
-def test_what_the_record_cannot_tell_from_the_default_is_left_out() -> None:
+def test_default_values_are_omitted() -> None:
     shown = spec_message(ContainerSpec(image="a", gpus=GpuRequest(), health_check=HealthCheck(command=("true",))))
     assert not shown.HasField("gpus")
     assert not shown.HasField("restart_policy")
@@ -166,7 +166,7 @@ def test_what_the_record_cannot_tell_from_the_default_is_left_out() -> None:
     assert TmpfsMount().mode == 0o1777
 
 
-def head(**changes: Any) -> Container:
+def container(**changes: Any) -> Container:
     """A container that runs with a GPU and a port."""
     placement = Placement(
         gpu_uuids=("GPU-1",), ports=(PortBinding(container_port=80, protocol=Protocol.UDP, host_port=20000),)
@@ -198,13 +198,13 @@ def head(**changes: Any) -> Container:
 
 
 def test_a_container_with_the_operation_that_holds_its_lock() -> None:
-    shown = container_messages.container_view_message(ContainerView(head(), 7, "op1"))
+    shown = container_messages.container_view_message(ContainerView(container(), 7, "op1"))
     assert shown == container_pb2.Container(
         name="train",
         uid="775baa82-3ce7-4e7a-8bcc-378cb9b57fd7",
         node="gpu1",
         owner="team",
-        etag=head().etag,
+        etag=container().etag,
         revision=2,
         spec=container_pb2.ContainerSpec(image="busybox"),
         status=container_pb2.ContainerStatus(
@@ -225,21 +225,21 @@ def test_a_container_with_the_operation_that_holds_its_lock() -> None:
     )
 
 
-def test_an_exit_code_of_zero_is_not_an_absent_one() -> None:
-    assert not container_messages.container_message(head()).status.HasField("exit_code")
-    assert container_messages.container_message(head().with_status(exit_code=0)).status.HasField("exit_code")
+def test_an_exit_code_of_zero_is_set() -> None:
+    assert not container_messages.container_message(container()).status.HasField("exit_code")
+    assert container_messages.container_message(container().with_status(exit_code=0)).status.HasField("exit_code")
 
 
-def test_a_container_that_has_no_engine_container_yet() -> None:
+def test_a_container_without_an_engine_container() -> None:
     shown = container_messages.container_message(
-        head(engine=None).with_status(state=ContainerState.CREATING, health="odd")
+        container(engine=None).with_status(state=ContainerState.CREATING, health="odd")
     )
     assert shown.status.engine_id == ""
     assert shown.status.health == container_pb2.CONTAINER_HEALTH_UNSPECIFIED
 
 
 def journal(state: OperationState, *stages: StageState, **changes: Any) -> Operation:
-    """An operation with stages s0, s1, …; all but pending ones have begun."""
+    """Return an operation with stages s0, s1, …; all except pending ones have begun."""
     return Operation(
         id="op1",
         kind=OperationKind.SCALE,
@@ -268,7 +268,7 @@ ERROR = RecordedError(code=8, reason="GPU_EXHAUSTED", message="none", metadata={
         (journal(OperationState.UNDOING, DONE, RUNNING, PENDING), "s1", "SUCCEEDED UNDOING PENDING"),
         (journal(OperationState.UNDOING, DONE, UNDONE, PENDING), "s1", "UNDOING FAILED PENDING"),
         (journal(OperationState.FAILED, UNDONE, UNDONE, PENDING), "s1", "UNDONE FAILED PENDING"),
-        # The point of no return itself failed.
+        # The commit failed.
         (journal(OperationState.UNDOING, DONE, RUNNING), "s1", "SUCCEEDED UNDOING"),
         (journal(OperationState.FAILED, UNDONE, RUNNING), "s1", "UNDONE FAILED"),
         (journal(OperationState.UNDOING, DONE, UNDONE, cancel_requested=True), "s1", "UNDOING UNDONE"),
@@ -282,14 +282,14 @@ ERROR = RecordedError(code=8, reason="GPU_EXHAUSTED", message="none", metadata={
         (journal(OperationState.PLANNED, PENDING, PENDING), "", "PENDING PENDING"),
     ],
 )
-def test_where_an_operation_is(record: Operation, stage: str, states: str) -> None:
+def test_the_current_stage_and_the_states_of_stages(record: Operation, stage: str, states: str) -> None:
     shown = operation_messages.operation_message(OperationView(record))
     names = [operation_pb2.OperationStageState.Name(found.state) for found in shown.stages]
     assert shown.stage == stage
     assert [name.removeprefix("OPERATION_STAGE_STATE_") for name in names] == states.split()
 
 
-def test_bytes_are_shown_on_the_current_stage() -> None:
+def test_bytes_are_shown_in_the_current_stage() -> None:
     shown = operation_messages.operation_message(
         OperationView(journal(OperationState.RUNNING, DONE, RUNNING, PENDING), 5, 9)
     )
@@ -297,7 +297,7 @@ def test_bytes_are_shown_on_the_current_stage() -> None:
     assert [(stage.current_bytes, stage.total_bytes) for stage in shown.stages] == [(0, 0), (5, 9), (0, 0)]
 
 
-def test_an_error_is_shown_when_everything_is_undone() -> None:
+def test_an_error_is_shown_after_the_undo() -> None:
     undoing = operation_messages.operation_message(OperationView(journal(OperationState.UNDOING, DONE, error=ERROR)))
     assert not undoing.HasField("error")
     failed = operation_messages.operation_message(
@@ -367,7 +367,7 @@ def test_a_gpu_and_its_holder() -> None:
     assert "MIG" in split.unschedulable_reason
 
 
-def test_ports_and_what_is_left_of_the_range() -> None:
+def test_ports_and_the_free_ports_of_the_range() -> None:
     inside, outside = PortKey(Protocol.TCP, 20001), PortKey(Protocol.UDP, 8080)
     claim = port_messages.port_claim_message(HeldPort(inside, HOLDER), 80)
     assert (claim.host_port, claim.container_port, claim.container, claim.container_uid) == (20001, 80, "train", "u1")
@@ -376,7 +376,7 @@ def test_ports_and_what_is_left_of_the_range() -> None:
 
 
 def node_view(**changes: Any) -> NodeView:
-    """A node where all is well."""
+    """Return a healthy node."""
     fields: dict[str, Any] = {
         "name": "gpu1",
         "version": "0.1",
@@ -401,7 +401,7 @@ def node_view(**changes: Any) -> NodeView:
     return NodeView(**{**fields, **changes})
 
 
-def test_a_node() -> None:
+def test_a_healthy_node() -> None:
     shown = node_message(node_view())
     assert (shown.capacity.gpus, shown.free_gpus, shown.claimed_gpus) == (2, 1, 1)
     assert (shown.ports.free_tcp_ports, shown.ports.claimed_ports) == (9, 1)
@@ -424,10 +424,10 @@ def test_a_node_whose_store_is_full() -> None:
         (False, "the store is full: buy a disk"),
         (True, ""),
     ]
-    assert shown.free_gpus == 1, "they are free all the same"
+    assert shown.free_gpus == 1, "the GPUs of a node with a full store count as used"
 
 
-def test_a_node_whose_parts_do_not_answer() -> None:
+def test_a_node_whose_engine_and_store_do_not_respond() -> None:
     gone = GpuReport(driver_version="550", message="hangs")
     shown = node_message(node_view(engine=None, engine_error="gone", store_error="away", disk=None, gpus=gone))
     assert not shown.HasField("engine")
@@ -439,12 +439,12 @@ def test_a_node_whose_parts_do_not_answer() -> None:
     ]
 
 
-def test_a_node_without_a_driver_is_well() -> None:
+def test_a_node_without_a_driver_is_healthy() -> None:
     shown = node_message(node_view(gpus=GpuReport(message="no driver")))
     assert [(part.healthy, part.message) for part in shown.components][2] == (True, "no driver")
 
 
-def test_the_end_of_a_command() -> None:
+def test_the_exit_of_a_command() -> None:
     assert exec_exited_message(Exited(code=0)).WhichOneof("result") == "code"
     killed = exec_exited_message(Exited(code=137, signal="SIGKILL", timed_out=True))
     assert (killed.WhichOneof("result"), killed.signal, killed.timed_out) == ("signal", "SIGKILL", True)
@@ -454,5 +454,5 @@ def test_the_end_of_a_command() -> None:
 @pytest.mark.parametrize("stream", list(ExecStream))
 def test_output_is_encoded_as_protobuf_does(stream: ExecStream, size: int) -> None:
     data = bytes(index % 251 for index in range(size))
-    message = exec_pb2.ExecContainerResponse(**{stream.value: data})  # type: ignore[arg-type]  # by the field's name
+    message = exec_pb2.ExecContainerResponse(**{stream.value: data})  # type: ignore[arg-type]  # keyword arguments by field name
     assert encoded_output(stream, data) == message.SerializeToString()

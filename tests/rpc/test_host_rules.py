@@ -1,4 +1,4 @@
-"""Specs that can never work on a host, or hurt: refused with the request, every field at once."""
+"""Specs that are impossible or harmful on a host are refused, with all their fields."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _violations(call: Any, request: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("fields", "field"), BAD.values(), ids=BAD.keys())
-def test_what_a_host_cannot_give(fields: dict[str, Any], field: str) -> None:
+def test_impossible_specs_are_refused(fields: dict[str, Any], field: str) -> None:
     assert _violations(container_requests.create, create_request(**fields)) == [f"spec.{field}"]
     # An update to the same value is refused too.
     (name,) = {path for path in fields if field.startswith(path)}
@@ -90,11 +90,11 @@ def test_what_a_host_cannot_give(fields: dict[str, Any], field: str) -> None:
 
 
 @pytest.mark.parametrize("fields", GOOD.values(), ids=GOOD.keys())
-def test_what_it_can_give(fields: dict[str, Any]) -> None:
+def test_possible_specs_are_accepted(fields: dict[str, Any]) -> None:
     container_requests.create(create_request(**fields), HOST)
 
 
-def test_every_field_at_once() -> None:
+def test_all_violations_are_reported_together() -> None:
     request = create_request(
         image="UPPER/x", cpus=100.0, memory_bytes=MOST, shm_size_bytes=MOST, mounts=[_tmpfs("/proc"), _tmpfs("/", MOST)]
     )
@@ -109,7 +109,7 @@ def test_every_field_at_once() -> None:
     ]
 
 
-def test_the_words_say_what_would_be_right() -> None:
+def test_the_messages_say_what_would_be_right() -> None:
     with pytest.raises(InvalidArgument) as refused:
         container_requests.create(create_request(cpus=100.0, mounts=[_tmpfs("/sys/fs/cgroup"), _tmpfs("/usr")]), HOST)
     said = [violation.description for violation in refused.value.violations]

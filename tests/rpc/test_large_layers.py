@@ -1,4 +1,4 @@
-"""A container whose files are too many for a snapshot: its changes are made without one, and say so."""
+"""A container with too many files for a snapshot is changed without one, and its revision has a warning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNSPECIFIED = container_pb2.SNAPSHOT_POLICY_UNSPECIFIED
 
 @dataclass(eq=False)
 class LargeLayers(FakeSnapshots):
-    """Snapshots of a layer that is found to be too large at one moment: plan, gather or complete."""
+    """Snapshots of a layer that is too large at one step: plan, gather or complete."""
 
     moment: str
 
@@ -96,7 +96,7 @@ async def test_a_change_is_made_without_a_snapshot_and_its_revision_says_why(tmp
         assert await snapshots.find() == ()
 
 
-async def test_the_plan_alone_warns_too(tmp_path: Path) -> None:
+async def test_the_plan_has_the_warning(tmp_path: Path) -> None:
     async with serve(tmp_path, snapshots=LargeLayers("plan")) as server:
         await create_container(server)
         events, error = await read_to_end(_rename(server, validate_only=True))
@@ -105,9 +105,7 @@ async def test_the_plan_alone_warns_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["plan", "gather", "complete"])
-async def test_a_call_that_demands_a_snapshot_fails_and_leaves_the_container_as_it_was(
-    tmp_path: Path, moment: str
-) -> None:
+async def test_a_call_that_requires_a_snapshot_fails_and_is_undone(tmp_path: Path, moment: str) -> None:
     async with serve(tmp_path, snapshots=LargeLayers(moment)) as server:
         before = await create_container(server)
         _, error = await read_to_end(_rename(server, _ALWAYS))
@@ -116,10 +114,10 @@ async def test_a_call_that_demands_a_snapshot_fails_and_leaves_the_container_as_
         assert REASON in str(error.details())
         after = await server.containers.GetContainer(container_service_pb2.GetContainerRequest(name="a"))
         assert after.container.spec == before.spec
-        assert [one.revision for one in await _revisions(server)] == [1]
+        assert [revision.revision for revision in await _revisions(server)] == [1]
 
 
-async def test_a_clone_of_such_a_layer_is_refused_at_once(tmp_path: Path) -> None:
+async def test_a_clone_of_a_layer_that_is_too_large_is_refused(tmp_path: Path) -> None:
     async with serve(tmp_path, snapshots=LargeLayers("plan")) as server:
         await create_container(server)
         request = container_service_pb2.CloneContainerRequest(source="a", name="b")

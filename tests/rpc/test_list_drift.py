@@ -1,4 +1,4 @@
-"""ListDrift over a real channel: what it shows, what it leaves out, and its pages."""
+"""ListDrift over a channel: its filters, pages and comparison times."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FINDINGS = (
 
 
 def compared(server: InMemoryServer) -> None:
-    """A full comparison has found all of FINDINGS."""
+    """Record a complete comparison that found all of FINDINGS."""
     with server.drift.full_pass() as note:
         for finding in FINDINGS:
             note(finding)
@@ -39,31 +39,31 @@ def _aborted(server: InMemoryServer) -> None:
 
 
 async def listed(server: InMemoryServer, page_size: int = 0, **filters: Any) -> list[list[tuple[str, str]]]:
-    """The pages of a listing: container and kind of each finding."""
+    """Return the pages of a list, with container and kind of each drift."""
     request = node_service_pb2.ListDriftRequest(page_size=page_size, filter=node_service_pb2.DriftFilter(**filters))
     pages = []
     while True:
         answer = await server.nodes.ListDrift(request)
         kind = drift_pb2.DriftKind.Name
-        pages.append([(one.container, kind(one.kind).removeprefix("DRIFT_KIND_")) for one in answer.drift])
+        pages.append([(drift.container, kind(drift.kind).removeprefix("DRIFT_KIND_")) for drift in answer.drift])
         if not answer.next_page_token:
             return pages
         request.page_token = answer.next_page_token
 
 
-async def test_all_that_was_found_by_container_and_kind(server: InMemoryServer) -> None:
+async def test_drift_is_listed_by_container_and_kind(server: InMemoryServer) -> None:
     before = await server.nodes.ListDrift(node_service_pb2.ListDriftRequest())
-    assert not before.HasField("compare_time"), "nothing has been compared yet"
+    assert not before.HasField("compare_time"), "compared before the first comparison"
     compared(server)
     answer = await server.nodes.ListDrift(node_service_pb2.ListDriftRequest())
     assert answer.HasField("compare_time")
-    assert [(one.container, one.message, one.plan) for one in answer.drift] == [
+    assert [(drift.container, drift.message, drift.plan) for drift in answer.drift] == [
         (name, f"{name} differs", "what is done") for name in "abbc"
     ]
-    assert all(one.HasField("since_time") for one in answer.drift)
+    assert all(drift.HasField("since_time") for drift in answer.drift)
 
 
-async def test_filters(server: InMemoryServer) -> None:
+async def test_drift_is_filtered(server: InMemoryServer) -> None:
     compared(server)
     assert await listed(server, container="b") == [[("b", "CLAIM_CONFLICT"), ("b", "CONTAINER_RENAMED")]]
     kinds = [drift_pb2.DRIFT_KIND_CONTAINER_GONE, drift_pb2.DRIFT_KIND_RESTART_POLICY_CHANGED]
@@ -77,7 +77,7 @@ async def test_filters(server: InMemoryServer) -> None:
     assert await listed(server, container="b", kinds=kinds) == [[]]
 
 
-async def test_pages_are_filled_past_what_is_filtered_out(server: InMemoryServer) -> None:
+async def test_pages_are_filled_with_matching_drift(server: InMemoryServer) -> None:
     compared(server)
     assert [len(page) for page in await listed(server, page_size=3)] == [3, 1]
     two = await listed(server, page_size=1, severities=[drift_pb2.DRIFT_SEVERITY_INFO])
@@ -89,14 +89,14 @@ async def test_a_comparison_that_was_aborted_leaves_the_list_and_says_why(server
     with pytest.raises(EngineUnavailable):
         _aborted(server)
     answer = await server.nodes.ListDrift(node_service_pb2.ListDriftRequest())
-    assert [one.container for one in answer.drift] == list("abbc")
+    assert [drift.container for drift in answer.drift] == list("abbc")
     assert "it does not answer" in answer.trouble
     assert answer.HasField("trouble_time")
 
 
-async def test_what_is_no_choice_is_said(server: InMemoryServer) -> None:
-    filters = node_service_pb2.DriftFilter(kinds=[0, 99], severities=[0])  # type: ignore[list-item]  # on purpose
-    request = node_service_pb2.ListDriftRequest(filter=filters, page_size=-1, page_token="nonsense")  # noqa: S106 - of a page
+async def test_invalid_filters_are_refused(server: InMemoryServer) -> None:
+    filters = node_service_pb2.DriftFilter(kinds=[0, 99], severities=[0])  # type: ignore[list-item]  # an invalid value
+    request = node_service_pb2.ListDriftRequest(filter=filters, page_size=-1, page_token="nonsense")  # noqa: S106 - a page token
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await server.nodes.ListDrift(request)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT

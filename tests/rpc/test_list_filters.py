@@ -1,4 +1,4 @@
-"""What belongs on a page: each condition of each filter alone, and all of them together."""
+"""Filters of lists and watches: each condition alone, and all together."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ OPERATION = Operation(
 HOLDER = Holder(container="a", uid=UUID, node="n1")
 GPU = Gpu(uuid="GPU-0", index=0, name="NVIDIA A100", health=GpuHealth.UNHEALTHY)
 
-# Of owners, nodes and labels, which containers and volumes have alike.
-ALIKE: list[tuple[dict[str, Any], bool]] = [
+# Filters by owner, node and labels, which containers and volumes both have.
+SHARED_FILTERS: list[tuple[dict[str, Any], bool]] = [
     ({}, True),
     ({"owner": "o1"}, True),
     ({"owner": "o2"}, False),
@@ -100,26 +100,26 @@ RUNNING, STOPPED = container_pb2.CONTAINER_STATE_RUNNING, container_pb2.CONTAINE
 @pytest.mark.parametrize(
     ("fields", "matches"),
     [
-        *ALIKE,
+        *SHARED_FILTERS,
         ({"states": [RUNNING]}, True),
         ({"states": [STOPPED]}, False),
         ({"states": [STOPPED, RUNNING]}, True),
         ({"states": [STOPPED], "owner": "o1"}, False),
     ],
 )
-def test_containers(fields: dict[str, Any], *, matches: bool) -> None:
-    asked = container_service_pb2.ContainerFilter(**fields)
-    page = list_requests.containers(container_service_pb2.ListContainersRequest(filter=asked))
+def test_containers_match_their_filter(fields: dict[str, Any], *, matches: bool) -> None:
+    request = container_service_pb2.ContainerFilter(**fields)
+    page = list_requests.containers(container_service_pb2.ListContainersRequest(filter=request))
     assert page.matches(CONTAINER) is matches
-    watch = watch_requests.containers(container_service_pb2.WatchContainersRequest(filter=asked))
+    watch = watch_requests.containers(container_service_pb2.WatchContainersRequest(filter=request))
     assert watch.matches(CONTAINER) is matches
 
 
-@pytest.mark.parametrize(("fields", "matches"), ALIKE)
-def test_volumes(fields: dict[str, Any], *, matches: bool) -> None:
-    asked = volume_service_pb2.VolumeFilter(**fields)
-    assert list_requests.volumes(volume_service_pb2.ListVolumesRequest(filter=asked)).matches(VOLUME) is matches
-    assert watch_requests.volumes(volume_service_pb2.WatchVolumesRequest(filter=asked)).matches(VOLUME) is matches
+@pytest.mark.parametrize(("fields", "matches"), SHARED_FILTERS)
+def test_volumes_match_their_filter(fields: dict[str, Any], *, matches: bool) -> None:
+    request = volume_service_pb2.VolumeFilter(**fields)
+    assert list_requests.volumes(volume_service_pb2.ListVolumesRequest(filter=request)).matches(VOLUME) is matches
+    assert watch_requests.volumes(volume_service_pb2.WatchVolumesRequest(filter=request)).matches(VOLUME) is matches
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_volumes(fields: dict[str, Any], *, matches: bool) -> None:
         ({"states": [operation_pb2.OPERATION_STATE_FAILED], "node": "n1"}, False),
     ],
 )
-def test_operations(fields: dict[str, Any], *, matches: bool) -> None:
-    asked = operation_service_pb2.OperationFilter(**fields)
-    page = list_requests.operations(operation_service_pb2.ListOperationsRequest(filter=asked))
+def test_operations_match_their_filter(fields: dict[str, Any], *, matches: bool) -> None:
+    request = operation_service_pb2.OperationFilter(**fields)
+    page = list_requests.operations(operation_service_pb2.ListOperationsRequest(filter=request))
     assert page.matches(OPERATION) is matches
 
 
@@ -182,19 +182,19 @@ def test_gpus(fields: dict[str, Any], *, free: bool, held: bool) -> None:
         ({"container": "b", "protocols": [port_pb2.PORT_PROTOCOL_TCP]}, False, False),
     ],
 )
-def test_ports(fields: dict[str, Any], *, tcp: bool, udp: bool) -> None:
+def test_ports_match_their_filter(fields: dict[str, Any], *, tcp: bool, udp: bool) -> None:
     page = list_requests.ports(node_service_pb2.ListPortsRequest(filter=node_service_pb2.PortFilter(**fields)))
     assert page.matches(HeldPort(PortKey(Protocol.TCP, 80), HOLDER)) is tcp
     assert page.matches(HeldPort(PortKey(Protocol.UDP, 80), HOLDER)) is udp
 
 
-def test_a_wrong_filter_says_where() -> None:
+def test_an_invalid_filter_names_its_fields() -> None:
     nine: Any = [9]
     drift = node_service_pb2.ListDriftRequest(filter=node_service_pb2.DriftFilter(kinds=[999], severities=nine))  # type: ignore[list-item]  # no such value: refused
     assert set(violations_of(list_requests.drift, drift)) == {"filter.kinds", "filter.severities"}
     watch = container_service_pb2.WatchContainersRequest(
         filter=container_service_pb2.ContainerFilter(states=[99]),  # type: ignore[list-item]  # no such value: refused
-        resume_token="x",  # noqa: S106 - none at all
+        resume_token="x",  # noqa: S106 - not a token
     )
     assert set(violations_of(watch_requests.containers, watch)) == {"filter.states", "resume_token"}
 
@@ -206,27 +206,27 @@ def test_a_wrong_filter_says_where() -> None:
         (list_requests.volume_revisions, volume_service_pb2.ListVolumeRevisionsRequest),
     ],
 )
-def test_a_history_is_one_name_s_and_all_of_it(validate: Any, request_type: Any) -> None:
+def test_revisions_are_listed_by_name_without_a_filter(validate: Any, request_type: Any) -> None:
     assert set(violations_of(validate, request_type(name="A", page_size=-1))) == {"name", "page_size"}
     page = validate(request_type(name="a", page_size=1000))
     assert (page.size, page.resume) == (1000, "")
     assert page.matches(object()) is True
     assert page.token("") == ""
-    assert validate(request_type(name="a", page_token=page.token("there"))).resume == "there"
+    assert validate(request_type(name="a", page_token=page.token("place"))).resume == "place"
 
 
-def test_a_watch_begins_with_what_is_there_or_behind_a_token() -> None:
-    asked = container_service_pb2.WatchContainersRequest(filter=container_service_pb2.ContainerFilter(owner="o"))
-    watch = watch_requests.containers(asked)
+def test_a_watch_begins_with_a_list_or_after_a_token() -> None:
+    request = container_service_pb2.WatchContainersRequest(filter=container_service_pb2.ContainerFilter(owner="o"))
+    watch = watch_requests.containers(request)
     assert (watch.listing, watch.resume) == (True, "")
-    assert watch.scope == watch_requests.container_scope(asked.filter)
-    asked.changes_only = True
-    assert not watch_requests.containers(asked).listing
-    asked.resume_token = watch.token("there")
-    assert watch_requests.containers(asked).resume == "there"
-    asked.resume_token = watch.token("")
-    assert set(violations_of(watch_requests.containers, asked)) == {"resume_token"}
+    assert watch.scope == watch_requests.container_scope(request.filter)
+    request.changes_only = True
+    assert not watch_requests.containers(request).listing
+    request.resume_token = watch.token("place")
+    assert watch_requests.containers(request).resume == "place"
+    request.resume_token = watch.token("")
+    assert set(violations_of(watch_requests.containers, request)) == {"resume_token"}
     other = volume_service_pb2.WatchVolumesRequest(
-        filter=volume_service_pb2.VolumeFilter(owner="o"), resume_token=watch.token("there")
+        filter=volume_service_pb2.VolumeFilter(owner="o"), resume_token=watch.token("place")
     )
     assert set(violations_of(watch_requests.volumes, other)) == {"resume_token"}

@@ -1,4 +1,4 @@
-"""Each request with all its fields right becomes a command that has them, and with all wrong names each of them."""
+"""Each request with all fields valid becomes a command with them; with all fields invalid, each is reported."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MANY = 10**10
 
 @dataclass(frozen=True)
 class Case:
-    """A request, what it becomes; and another one, with the fields that are wrong in it."""
+    """A valid request with its result, and an invalid request with its invalid fields."""
 
     validate: Callable[[Any], object]
     good: Message
@@ -337,16 +337,16 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: type(case.c
 
 
 @every_case
-def test_all_fields_arrive(case: Case) -> None:
+def test_all_fields_are_converted(case: Case) -> None:
     assert case.validate(case.good) == case.command
 
 
 @every_case
-def test_all_wrong_fields_are_named(case: Case) -> None:
+def test_all_invalid_fields_are_reported(case: Case) -> None:
     assert set(violations_of(case.validate, case.bad)) == {"name", "request_id"} | case.wrong
 
 
-def test_an_update() -> None:
+def test_an_update_is_converted() -> None:
     request = container_service_pb2.UpdateContainerRequest(
         spec=container_pb2.ContainerSpec(image="debian"),
         files=container_service_pb2.FILES_POLICY_DISCARD,
@@ -389,7 +389,7 @@ def test_an_update() -> None:
     }
 
 
-def test_a_clone() -> None:
+def test_a_clone_is_converted() -> None:
     request = container_service_pb2.CloneContainerRequest(
         name="b",
         source="a",
@@ -421,12 +421,12 @@ def test_a_clone() -> None:
     }
 
 
-def test_what_a_revision_is_read_by() -> None:
-    asked = container_service_pb2.GetContainerRevisionRequest
-    assert container_requests.get_revision(asked(name="a", revision=MANY - 1)) == ("a", MANY - 1)
-    assert container_requests.get_revision(asked(name="a")) == ("a", 0)
-    assert set(violations_of(container_requests.get_revision, asked(revision=MANY))) == {"name", "revision"}
-    assert set(violations_of(container_requests.get_revision, asked(name="a", revision=-1))) == {"revision"}
+def test_a_revision_is_requested_by_name_and_number() -> None:
+    request = container_service_pb2.GetContainerRevisionRequest
+    assert container_requests.get_revision(request(name="a", revision=MANY - 1)) == ("a", MANY - 1)
+    assert container_requests.get_revision(request(name="a")) == ("a", 0)
+    assert set(violations_of(container_requests.get_revision, request(revision=MANY))) == {"name", "revision"}
+    assert set(violations_of(container_requests.get_revision, request(name="a", revision=-1))) == {"revision"}
 
 
 def test_revisions_are_numbered_from_one() -> None:
@@ -437,7 +437,7 @@ def test_revisions_are_numbered_from_one() -> None:
         assert set(violations_of(validate, request)) == {"revision"}
 
 
-def test_a_volume_is_read_by_its_name_and_adopted_by_it_where_nothing_else_is_said() -> None:
+def test_a_volume_is_requested_by_name_which_is_the_default_engine_volume_of_an_adoption() -> None:
     assert volume_requests.get(volume_service_pb2.GetVolumeRequest(name="data")) == "data"
     assert set(violations_of(volume_requests.get, volume_service_pb2.GetVolumeRequest())) == {"name"}
     adopted = volume_requests.adopt(volume_service_pb2.AdoptVolumeRequest(name="data"))
@@ -451,7 +451,7 @@ def test_a_volume_is_read_by_its_name_and_adopted_by_it_where_nothing_else_is_sa
     assert set(violations_of(volume_requests.create, plain)) == {"backend"}
 
 
-def test_a_host_limits_what_a_container_can_be_given() -> None:
+def test_the_capacity_of_a_host_limits_a_container() -> None:
     host = HostCapacity(cpus=4, memory_bytes=1 << 30)
     most = create_request(cpus=4, memory_bytes=1 << 30, shm_size_bytes=1 << 30)
     tmpfs = container_pb2.TmpfsMount(size_bytes=1 << 30)

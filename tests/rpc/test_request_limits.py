@@ -1,4 +1,4 @@
-"""Every limit of a request: the most that is taken, and the least that is not."""
+"""Every limit of a request: the last value that is accepted, and the first that is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpudock_server.rpc.validation.violations import Violations
 from tests.rpc.request_examples import DAY, create_request, mount, port, violations_of
 
 KIB, MIB = 1024, 1 << 20
-# The most that the engine can count, in whole seconds.
+# The longest duration that the engine accepts, in whole seconds.
 MOST_CHECK = 9_223_372_036
 
 
@@ -49,7 +49,7 @@ def policy(**fields: Any) -> dict[str, Any]:
     return {"revision_policy": container_pb2.RevisionPolicy(**fields)}
 
 
-# A field, what of it is the most or the least that is taken, and what is one too much or too little.
+# A field, its last accepted value, and its first refused value.
 LIMITS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("spec.image", {"image": "a" * 512}, {"image": "a" * 513}),
     ("spec.command", {"command": ["a"] * 1024}, {"command": ["a"] * 1025}),
@@ -101,7 +101,7 @@ LIMITS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("field", "most", "more"), LIMITS, ids=[f"{n} {limit[0]}" for n, limit in enumerate(LIMITS)])
-def test_a_limit_of_a_spec(field: str, most: dict[str, Any], more: dict[str, Any]) -> None:
+def test_the_limit_of_a_field_of_a_spec(field: str, most: dict[str, Any], more: dict[str, Any]) -> None:
     container_requests.create(create_request(**most))
     assert set(violations_of(container_requests.create, create_request(**more))) == {field}
 
@@ -120,7 +120,7 @@ def test_arguments_share_one_limit() -> None:
     assert set(violations_of(execs.start, exec_pb2.ExecContainerRequest(start=most))) == {"start.command"}
 
 
-def test_spans_that_are_none() -> None:
+def test_invalid_durations_are_refused() -> None:
     for span in (
         Duration(seconds=315_576_000_001),
         Duration(seconds=1, nanos=-1),
@@ -150,7 +150,7 @@ COMMIT_LIMITS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("field", "most", "more"), COMMIT_LIMITS)
-def test_a_limit_of_a_commit(field: str, most: dict[str, Any], more: dict[str, Any]) -> None:
+def test_the_limit_of_a_field_of_a_commit(field: str, most: dict[str, Any], more: dict[str, Any]) -> None:
     def request(fields: dict[str, Any]) -> container_service_pb2.CommitContainerRequest:
         return container_service_pb2.CommitContainerRequest(**{"name": "a", "repository": "team/model", **fields})
 
@@ -158,7 +158,7 @@ def test_a_limit_of_a_commit(field: str, most: dict[str, Any], more: dict[str, A
     assert set(violations_of(commit_request.commit, request(more))) == {field}
 
 
-def test_what_is_wrong_with_a_line_of_a_commit() -> None:
+def test_invalid_lines_of_a_commit_are_described() -> None:
     lines = ["user ", " \\ USER a", "USER a \\ ", "EXPOSE x", "ENV A", "CMD [1]", "VOLUME a", "WORKDIR a", "USER a b"]
     request = container_service_pb2.CommitContainerRequest(name="a", repository="b", changes=lines)
     found = violations_of(commit_request.commit, request)
@@ -180,12 +180,12 @@ def test_what_is_wrong_with_a_line_of_a_commit() -> None:
         (lambda here: here.add("a", "x", "k" * 61), f'a["{"k" * 60}…"]'),
     ],
 )
-def test_where_something_is_wrong(wrong: Callable[[Violations], None], field: str) -> None:
+def test_the_path_of_a_violation(wrong: Callable[[Violations], None], field: str) -> None:
     violations = Violations()
     assert not Violations().any
     wrong(violations)
     assert violations.any
-    assert [(str(one.field), one.description) for one in violations.found] == [(field, "x")]
+    assert [(str(violation.field), violation.description) for violation in violations.found] == [(field, "x")]
 
 
 @pytest.mark.parametrize(
@@ -207,5 +207,5 @@ def test_where_something_is_wrong(wrong: Callable[[Violations], None], field: st
         ("a//b", False),
     ],
 )
-def test_references_of_images(reference: str, *, valid: bool) -> None:
+def test_which_image_references_are_valid(reference: str, *, valid: bool) -> None:
     assert image_reference.is_image_reference(reference) is valid

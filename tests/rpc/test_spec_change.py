@@ -1,4 +1,4 @@
-"""What UpdateContainer and CloneContainer change of a spec: paths of the mask, and edits of entries."""
+"""Changes of a spec by UpdateContainer and CloneContainer: paths of the mask, and edits of entries."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BEFORE = ContainerSpec(
 
 
 def after(mask: str = "", before: ContainerSpec = BEFORE, **fields: Any) -> ContainerSpec:
-    """The spec that an update leaves."""
+    """Return the spec after an update."""
     return container_requests.update(update_request("train", mask, **fields)).change.apply(before)
 
 
@@ -78,9 +78,7 @@ def edits(**fields: Any) -> container_service_pb2.ContainerSpecEdits:
         ),
     ],
 )
-def test_a_path_changes_what_it_names_and_nothing_else(
-    mask: str, fields: dict[str, Any], changed: dict[str, Any]
-) -> None:
+def test_a_path_changes_only_its_field(mask: str, fields: dict[str, Any], changed: dict[str, Any]) -> None:
     assert after(mask, **fields) == BEFORE.changed(**changed)
 
 
@@ -108,7 +106,7 @@ def test_edits_add_replace_and_remove_single_entries() -> None:
     )
 
 
-def test_edits_go_with_whole_fields_and_with_clones() -> None:
+def test_edits_can_be_combined_with_whole_fields_and_used_in_clones() -> None:
     changed = edits(set_env={"C": "3"})
     assert after("command", command=["true"], edits=changed) == BEFORE.changed(
         command=("true",), env={**BEFORE.env, "C": "3"}
@@ -118,7 +116,7 @@ def test_edits_go_with_whole_fields_and_with_clones() -> None:
     assert container_requests.clone(clone_request("train", "clone")).change.apply(BEFORE) == BEFORE
 
 
-def test_everything_that_is_wrong_is_said_at_once() -> None:
+def test_all_violations_are_reported_together() -> None:
     request = update_request(
         "A!",
         "env.A,env.a.b,image.tag,mounts.0,gpus.number,nothing",
@@ -185,13 +183,13 @@ def test_the_result_obeys_the_rules_of_a_spec(mask: str, fields: dict[str, Any],
     assert wrong in {violation.field for violation in refused.value.violations}
 
 
-def test_what_does_not_change_is_not_checked_again() -> None:
-    """A rule that came after the container was made does not keep it from being changed in other ways."""
+def test_unchanged_fields_are_not_checked_again() -> None:
+    """A rule that is newer than the container does not prevent changes of other fields."""
     old = BEFORE.changed(mounts=(Mount(volume="data", target="/x/../y"),))
     assert after(before=old, edits=edits(set_env={"C": "3"})) == old.changed(env={**old.env, "C": "3"})
 
 
-def test_nothing_to_change_is_refused() -> None:
+def test_an_update_without_changes_is_refused() -> None:
     assert set(violations_of(container_requests.update, update_request("train", edits=edits()))) == {"update_mask"}
 
 
@@ -202,7 +200,7 @@ def test_any_valid_change_is_applied_or_refused(request: container_service_pb2.U
         changed = container_requests.update(request).change.apply(BEFORE)
     except InvalidArgument:
         return
-    # What comes of it is a spec that could be asked for.
+    # The result is a spec that a request could have.
     whole = container_service_pb2.CreateContainerRequest(name="train", spec=spec_message(changed))
     command = container_requests.create(whole)
     assert isinstance(command, Create)
@@ -219,7 +217,7 @@ def _difference(before: ContainerSpec, changed: ContainerSpec) -> dict[str, tupl
     }
 
 
-def test_differences_are_shown_value_by_value() -> None:
+def test_differences_are_listed_by_value() -> None:
     changed = BEFORE.changed(
         image="other",
         command=(),

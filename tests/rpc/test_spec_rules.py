@@ -1,4 +1,4 @@
-"""Every rule of ContainerSpec, once."""
+"""Every rule of ContainerSpec."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ BAD_SPECS: Mapping[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("fields", "field"), BAD_SPECS.values(), ids=BAD_SPECS.keys())
-def test_a_spec_that_breaks_one_rule(fields: dict[str, Any], field: str) -> None:
+def test_a_spec_that_violates_one_rule_is_refused(fields: dict[str, Any], field: str) -> None:
     assert set(violations_of(container_requests.create, create_request(**fields))) == {field}
 
 
@@ -156,12 +156,12 @@ def test_a_spec_that_breaks_one_rule(fields: dict[str, Any], field: str) -> None
         "sha256:c0ffee",
     ],
 )
-def test_images_that_can_be_named(image: str) -> None:
+def test_valid_images_are_accepted(image: str) -> None:
     assert container_requests.create(create_request(image=image)).spec.image == image
 
 
 @pytest.mark.parametrize(
     "image", ["/a", "a/", "a:", "a::b", "a@", "a@sha256:12", "-a", "a b", "a\n", "é", "http://a/b"]
 )
-def test_images_that_cannot(image: str) -> None:
+def test_invalid_images_are_refused(image: str) -> None:
     assert set(violations_of(container_requests.create, create_request(image=image))) == {"spec.image"}

@@ -1,4 +1,4 @@
-"""Every rule of the contract's comments once, all violations at once, and nothing but domain errors for anything."""
+"""Validation of requests: every rule of the contract, and all violations together."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from gpudock_server.rpc.operations.request_key import request_key
 from tests.rpc.request_examples import DAY, SECRET, UUID, create_request, mount, port, violations_of
 
 
-def test_all_violations_come_at_once() -> None:
+def test_all_violations_are_reported_together() -> None:
     request = container_service_pb2.CreateContainerRequest(
         name="Train",
         owner="-",
@@ -68,7 +68,7 @@ def test_all_violations_come_at_once() -> None:
     }
 
 
-def test_a_spec_that_is_missing_is_one_violation() -> None:
+def test_a_missing_spec_is_one_violation() -> None:
     request = container_service_pb2.CreateContainerRequest(name="a")
     assert violations_of(container_requests.create, request) == {"spec": "is required"}
 
@@ -149,7 +149,7 @@ def test_a_full_request_becomes_a_command() -> None:
     )
 
 
-def test_what_is_left_out_is_the_default() -> None:
+def test_omitted_fields_have_defaults() -> None:
     command = container_requests.create(create_request())
     assert command == Create(name="train", spec=ContainerSpec(image="busybox"))
 
@@ -177,7 +177,7 @@ def test_get_needs_a_name() -> None:
     assert container_requests.get(container_service_pb2.GetContainerRequest(name="a")) == "a"
 
 
-def test_timeouts_are_whole_seconds_and_never_less_than_asked() -> None:
+def test_timeouts_are_rounded_up_to_whole_seconds() -> None:
     request = container_service_pb2.StopContainerRequest(name="a", timeout=Duration(seconds=1, nanos=1))
     assert container_requests.stop(request) == Stop(name="a", timeout=2.0)
     at_once = container_service_pb2.StopContainerRequest(name="a", timeout=Duration())
@@ -195,7 +195,7 @@ def test_start_with_gpus() -> None:
     assert set(violations_of(container_requests.start, request)) == {"gpus.count"}
 
 
-def test_scale() -> None:
+def test_a_scale_is_converted() -> None:
     request = container_service_pb2.ScaleContainerRequest
     assert set(violations_of(container_requests.scale, request(name="a"))) == {"gpus"}
     bad = request(name="a", cpus=0.001, memory_bytes=1, shm_size_bytes=-1, strategy=9, request_id="1")  # type: ignore[arg-type]  # no such value: refused
@@ -213,7 +213,7 @@ def test_scale() -> None:
     assert str(none.cpus) == "0.0"
 
 
-def test_lists() -> None:
+def test_filters_of_lists_are_converted() -> None:
     request = container_service_pb2.ListContainersRequest
     filtered = container_service_pb2.ContainerFilter(states=[9, 0])  # type: ignore[list-item]  # no such value: refused
     bad = request(page_size=-1, page_token=SECRET, filter=filtered)
@@ -254,7 +254,7 @@ def test_a_page_token_belongs_to_its_list_and_filter() -> None:
         assert set(violations_of(list_requests.containers, cut)) == {"page_token"}
 
 
-def test_operation_ids() -> None:
+def test_operation_ids_are_validated() -> None:
     request = operation_service_pb2.CancelOperationRequest
     assert set(violations_of(operation_requests.operation_id, request(request_id="1"))) == {"id", "request_id"}
     assert operation_requests.operation_id(request(id=UUID.upper())) == UUID
@@ -263,11 +263,11 @@ def test_operation_ids() -> None:
 
 
 def exec_start(**fields: Any) -> exec_pb2.ExecContainerRequest:
-    """A first message that is valid but for what is in `fields`."""
+    """Return a first message that is valid except for `fields`."""
     return exec_pb2.ExecContainerRequest(start=exec_pb2.ExecStart(**{"container": "a", "command": ["true"], **fields}))
 
 
-def test_the_first_message_of_an_exec() -> None:
+def test_the_first_message_of_an_exec_is_validated() -> None:
     for first in (None, exec_pb2.ExecContainerRequest(), exec_pb2.ExecContainerRequest(stdin=b"")):
         with pytest.raises(InvalidArgument) as caught:
             execs.start(first)
@@ -297,7 +297,7 @@ def test_the_first_message_of_an_exec() -> None:
     assert set(violations_of(execs.start, exec_start(timeout=Duration(seconds=30 * DAY, nanos=1)))) == {"start.timeout"}
 
 
-def test_a_start_of_an_exec() -> None:
+def test_a_start_of_an_exec_is_converted() -> None:
     assert execs.start(exec_start(exec_id=UUID.upper(), timeout=Duration(nanos=1_000_000))) == execs.ExecStartRequest(
         container="a", exec_id=UUID, request=ExecRequest(command=("true",)), timeout=0.001
     )
@@ -306,7 +306,7 @@ def test_a_start_of_an_exec() -> None:
     assert execs.start(sized).request.size == TerminalSize(columns=100, rows=50)
 
 
-def test_later_messages_of_an_exec() -> None:
+def test_later_messages_of_an_exec_are_validated() -> None:
     message = exec_pb2.ExecContainerRequest
     stdin = message(stdin=b"x")
     assert execs.stdin(stdin, enabled=True, closed=False) == b"x"
@@ -323,20 +323,20 @@ def test_later_messages_of_an_exec() -> None:
     assert set(violations_of(execs.unexpected, message())) == {"message"}
 
 
-def test_request_keys_have_the_method() -> None:
+def test_request_keys_depend_on_the_method() -> None:
     request = container_service_pb2.PauseContainerRequest(name="a", request_id=UUID)
     found = request_key(request)
     other = request_key(container_service_pb2.UnpauseContainerRequest(name="a", request_id=UUID))
     assert found is not None
     assert other is not None
     assert found.digest != other.digest
-    # Digests are recorded, so a later version must make the same.
+    # Digests are recorded, so later versions must compute the same.
     request.ClearField("request_id")
     content = b"/gpudock.v1.ContainerService/PauseContainer\0" + request.SerializeToString(deterministic=True)
     assert found.digest == hashlib.sha256(content).hexdigest()
 
 
-def test_request_keys_agree_in_everything_but_the_id_and_credentials() -> None:
+def test_request_keys_do_not_depend_on_the_id_and_credentials() -> None:
     def key(**fields: Any) -> tuple[str, str] | None:
         request = create_request(env={"A": "1", "B": "2", "C": "3"})
         request.MergeFrom(container_service_pb2.CreateContainerRequest(**{"request_id": UUID, **fields}))
