@@ -1,8 +1,8 @@
-"""Which implementation a test is run against, and what a fake does not do.
+"""Contract tests of ports: each test runs with every implementation of its port.
 
-A module of this folder tests one port. Its fixture is parametrised over the implementations, and its `NOT_FAKED` lists,
-by the implementation's name in the test's id, each test that the fake does not pass, with the reason. Such a test is an
-expected failure, shown in the summary of a run; one that passes all the same fails, so the list is never out of date.
+Each module tests one port, and its fixture is parametrised by the implementations. Its `NOT_FAKED` maps the name of a
+fake to the tests that the fake does not pass, each with a reason. These tests are expected failures in the summary of a
+run; if one passes, the run fails, so that the list stays up to date.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what a fake does not do. Raises UsageError for an entry of NOT_FAKED that names no test."""
+    """Mark the expected failures of fakes. Raises UsageError for an entry of NOT_FAKED that names no test."""
     for module in {item.module for item in items if isinstance(item, pytest.Function)}:
         for implementation, tests in getattr(module, "NOT_FAKED", {}).items():
             for name in tests:

@@ -1,4 +1,4 @@
-"""Pytest fixtures: each implementation of the engine port, by the name that stands in a test's id."""
+"""Fixtures for each implementation of ports.Engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.unit.model_engine import ModelEngine
 
 @pytest.fixture
 async def docker_engine_subject(clean_engine: Rig) -> AsyncIterator[EngineSubject]:
-    """The real adapter, on the rig's engine."""
+    """The Docker adapter, on the rig's engine."""
     engine = await DockerEngine.connect(clean_engine.engine.url, timeout=60)
     try:
         yield EngineSubject(engine, IMAGE, CUDA_LIKE, "/data", patience=60)
@@ -28,13 +28,13 @@ async def docker_engine_subject(clean_engine: Rig) -> AsyncIterator[EngineSubjec
 
 @pytest.fixture
 def model_engine_subject() -> EngineSubject:
-    """The fake of saga tests, which holds files."""
+    """The fake of saga tests, which has files."""
     return EngineSubject(ModelEngine(Faults()), model_engine.OTHER_IMAGE, model_engine.IMAGE, "/cache")
 
 
 @pytest.fixture
 def fake_engine_subject() -> EngineSubject:
-    """The fake of RPC tests, which holds states."""
+    """The fake of RPC tests, which has states."""
     return EngineSubject(fakes.FakeEngine(), fakes.IMAGE, fakes.IMAGE, "/data")
 
 

@@ -1,4 +1,4 @@
-"""ports.Engine: the life of a container, events and exec, and that "already done" is success everywhere."""
+"""ports.Engine: containers, events and exec. Calls whose effect exists already succeed."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ NOT_FAKED = {
         "test_a_removal_deletes_the_own_volumes_only_on_request": (
             "FakeEngine keeps no mounts and makes no anonymous volumes"
         ),
-        "test_a_container_that_holds_files_and_never_runs": "FakeEngine makes no container for it",
-        "test_exited_within": "processes of FakeEngine never end by themselves",
-        "test_a_port_of_another_container": "FakeEngine publishes no ports",
+        "test_a_file_holder_never_runs": "FakeEngine makes no container for it",
+        "test_exited_within_returns_the_exit_code_or_none": "processes of FakeEngine never end by themselves",
+        "test_a_start_with_a_port_of_another_container_is_refused": "FakeEngine publishes no ports",
         "test_limits_and_policy_change_in_place": "FakeEngine keeps no limits",
         "test_events_are_sent_from_a_given_time": _NO_EVENTS,
-        "test_exec": _NO_PROCESSES,
+        "test_an_exec_has_output_and_an_exit_code": _NO_PROCESSES,
     },
     "model": {
-        "test_a_port_of_another_container": "ModelEngine asserts that no saga ever asks for it",
+        "test_a_start_with_a_port_of_another_container_is_refused": "ModelEngine asserts that no saga ever asks for it",
         "test_events_are_sent_from_a_given_time": _NO_EVENTS,
-        "test_exec": _NO_PROCESSES,
+        "test_an_exec_has_output_and_an_exit_code": _NO_PROCESSES,
     },
 }
 
@@ -82,10 +82,10 @@ async def test_create_is_idempotent_within_an_operation(engine: Engine, subject:
         with pytest.raises(EngineRejected) as refused:
             await engine.create(dataclasses.replace(spec, labels=labels))
         assert refused.value.status == 409
-    assert [one.id for one in await engine.find({LABEL_UID: ""})] == [first]
+    assert [container.id for container in await engine.find({LABEL_UID: ""})] == [first]
 
 
-async def test_create_of_an_image_that_is_gone(engine: Engine, subject: EngineSubject) -> None:
+async def test_create_without_its_image_is_refused(engine: Engine, subject: EngineSubject) -> None:
     spec = await engine_spec(engine, image=subject.image)
     with pytest.raises(ImageNotFound):
         await engine.create(dataclasses.replace(spec, image_id="sha256:" + "0" * 64))
@@ -104,20 +104,20 @@ async def test_a_container_is_shown_by_id_and_by_name(engine: Engine, subject: E
     assert await engine.inspect("nonesuch") is None
 
 
-async def test_find(engine: Engine, subject: EngineSubject) -> None:
-    one, two = [await subject.create(name) for name in ("one", "two")]
-    await engine.start(one)
+async def test_containers_are_found_by_all_of_their_labels(engine: Engine, subject: EngineSubject) -> None:
+    first, second = [await subject.create(name) for name in ("one", "two")]
+    await engine.start(first)
     for labels, ids in (
-        ({LABEL_UID: ""}, {one, two}),
-        ({LABEL_UID: "uid-two"}, {two}),
-        ({LABEL_OPERATION: "op1", "gpudock.name": "one"}, {one}),
+        ({LABEL_UID: ""}, {first, second}),
+        ({LABEL_UID: "uid-two"}, {second}),
+        ({LABEL_OPERATION: "op1", "gpudock.name": "one"}, {first}),
         ({LABEL_OPERATION: "op2"}, set()),
         ({"missing": ""}, set()),
     ):
         assert {container.id for container in await engine.find(labels)} == ids
 
 
-async def test_a_container_that_holds_files_and_never_runs(engine: Engine, subject: EngineSubject) -> None:
+async def test_a_file_holder_never_runs(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running(cpus=1, memory_bytes=64 * MIB)
     made = await engine.create_file_holder(box, "holder", {LABEL_OPERATION: "op1", "team": "x"})
     assert await engine.create_file_holder(box, "holder", {LABEL_OPERATION: "op1", "team": "x"}) == made
@@ -134,7 +134,7 @@ async def test_a_container_that_holds_files_and_never_runs(engine: Engine, subje
 # ---- start, stop, pause, wait, remove ----
 
 
-async def test_starting_what_runs_is_a_success(engine: Engine, subject: EngineSubject) -> None:
+async def test_starting_a_running_container_succeeds(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     before = await inspect_container(engine, box)
     assert before.state is EngineState.RUNNING
@@ -142,7 +142,7 @@ async def test_starting_what_runs_is_a_success(engine: Engine, subject: EngineSu
     assert (await inspect_container(engine, box)).start_time == before.start_time
 
 
-async def test_start_of_what_is_gone_or_paused(engine: Engine, subject: EngineSubject) -> None:
+async def test_starting_a_missing_or_paused_container_is_refused(engine: Engine, subject: EngineSubject) -> None:
     with pytest.raises(EngineRejected):
         await engine.start("nonesuch")
     box = await subject.running()
@@ -152,7 +152,7 @@ async def test_start_of_what_is_gone_or_paused(engine: Engine, subject: EngineSu
     assert await subject.state(box) is EngineState.PAUSED
 
 
-async def test_a_port_of_another_container(engine: Engine, subject: EngineSubject) -> None:
+async def test_a_start_with_a_port_of_another_container_is_refused(engine: Engine, subject: EngineSubject) -> None:
     ports = (PortBinding(container_port=80, host_port=18_123),)
     await subject.running("first", ports=ports)
     box = await subject.create("second", ports=ports)
@@ -161,21 +161,21 @@ async def test_a_port_of_another_container(engine: Engine, subject: EngineSubjec
     assert not (await inspect_container(engine, box)).alive
 
 
-async def test_stop(engine: Engine, subject: EngineSubject) -> None:
+async def test_a_stopped_container_can_be_started_again(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running(command=IDLE)
     for _ in range(2):
         await engine.stop(box, 10)
         assert await subject.state(box) is EngineState.EXITED
     await engine.stop("nonesuch", 10)
     await engine.start(box)
-    assert await subject.state(box) is EngineState.RUNNING, "what was stopped can be started again"
+    assert await subject.state(box) is EngineState.RUNNING, "the container was not started again"
     for _ in range(2):
         await engine.stop(box, 0)
         assert await subject.state(box) is EngineState.EXITED
     await engine.stop("nonesuch", 0)
 
 
-async def test_stop_of_what_never_ran_changes_nothing(engine: Engine, subject: EngineSubject) -> None:
+async def test_stopping_a_container_that_never_ran_changes_nothing(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.create()
     await engine.stop(box, 10)
     await engine.stop(box, 0)
@@ -183,14 +183,14 @@ async def test_stop_of_what_never_ran_changes_nothing(engine: Engine, subject: E
 
 
 @pytest.mark.parametrize("seconds", [0, 1])
-async def test_what_is_paused_can_be_stopped(engine: Engine, subject: EngineSubject, seconds: float) -> None:
+async def test_a_paused_container_can_be_stopped(engine: Engine, subject: EngineSubject, seconds: float) -> None:
     box = await subject.running()
     await engine.pause(box)
     await engine.stop(box, seconds)
     assert not (await inspect_container(engine, box)).running
 
 
-async def test_pause(engine: Engine, subject: EngineSubject) -> None:
+async def test_containers_are_paused_and_unpaused(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     for _ in range(2):
         await engine.pause(box)
@@ -205,7 +205,7 @@ async def test_pause(engine: Engine, subject: EngineSubject) -> None:
                 await change(engine_id)
 
 
-async def test_exited_within(engine: Engine, subject: EngineSubject) -> None:
+async def test_exited_within_returns_the_exit_code_or_none(engine: Engine, subject: EngineSubject) -> None:
     living = await subject.running("living")
     assert await engine.exited_within(living, 0.1) is None
     box = await subject.running_to_exit(7)
@@ -215,7 +215,7 @@ async def test_exited_within(engine: Engine, subject: EngineSubject) -> None:
     assert await engine.exited_within(await subject.create("never-ran"), 60) == 0
 
 
-async def test_waiting_for_what_is_gone_is_refused(engine: Engine) -> None:
+async def test_waiting_for_a_missing_container_is_refused(engine: Engine) -> None:
     with pytest.raises(EngineRejected):
         await engine.exited_within("nonesuch", 1)
 
@@ -232,15 +232,15 @@ async def test_limits_and_policy_change_in_place(engine: Engine, subject: Engine
         await engine.update(box, cpus=1, memory_bytes=64 * MIB)
     await engine.stop(box, 0)
     await engine.update(box, cpus=2, memory_bytes=64 * MIB)
-    assert (await inspect_container(engine, box)).cpus == 2, "also of what does not run"
+    assert (await inspect_container(engine, box)).cpus == 2, "the limits of a stopped container did not change"
 
 
-async def test_an_update_of_what_is_gone_is_refused(engine: Engine) -> None:
+async def test_an_update_of_a_missing_container_is_refused(engine: Engine) -> None:
     with pytest.raises(EngineRejected):
         await engine.update("nonesuch", cpus=1, memory_bytes=0)
 
 
-async def test_rename(engine: Engine, subject: EngineSubject) -> None:
+async def test_a_container_is_renamed_to_a_free_name(engine: Engine, subject: EngineSubject) -> None:
     box, other = await subject.create("box"), await subject.create("other")
     for _ in range(2):
         await engine.rename(box, "better")
@@ -254,13 +254,13 @@ async def test_rename(engine: Engine, subject: EngineSubject) -> None:
         await engine.rename("nonesuch", "new")
 
 
-async def test_remove(engine: Engine, subject: EngineSubject) -> None:
+async def test_a_removed_container_releases_its_name(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     await asyncio.gather(*(engine.remove(box) for _ in range(4)))
     assert await engine.inspect(box) is None
     await engine.remove(box)
     await engine.remove("nonesuch")
-    assert await subject.create() != box, "its name is free again"
+    assert await subject.create() != box, "the name was not released"
 
 
 async def test_a_removal_deletes_the_own_volumes_only_on_request(engine: Engine, subject: EngineSubject) -> None:
@@ -273,7 +273,7 @@ async def test_a_removal_deletes_the_own_volumes_only_on_request(engine: Engine,
     successor = await subject.create("successor", image=subject.volume_image, volumes={target: made})
     assert (await inspect_container(engine, successor)).volumes == {target: made}
     await engine.remove(successor, own_volumes=True)
-    assert await engine.inspect_volume(made), "it was given to that one by its name"
+    assert await engine.inspect_volume(made), "a volume that was mounted by name was removed"
     await engine.remove(first)
     assert await engine.inspect_volume(made), "volumes stay"
     third = await subject.create("third", image=subject.volume_image)
@@ -296,12 +296,12 @@ async def test_events_are_sent_from_a_given_time(engine: Engine, subject: Engine
         event = await anext(stream)
         while event.engine_id != box:
             event = await anext(stream)
-    await stream.aclose()  # type: ignore[attr-defined]  # an async generator, which the protocol does not promise
+    await stream.aclose()  # type: ignore[attr-defined]  # an async generator; the protocol declares an iterator
     assert event.kind is EngineEventKind.START
     assert event.labels[LABEL_UID] == "uid-box"
 
 
-async def test_exec(engine: Engine, subject: EngineSubject) -> None:
+async def test_an_exec_has_output_and_an_exit_code(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.running()
     request = ExecRequest(command=("sh", "-c", "cat; echo error >&2; exit 3"), stdin=True)
     session = await engine.exec(box, request)
@@ -318,7 +318,7 @@ async def test_exec(engine: Engine, subject: EngineSubject) -> None:
     await session.close()
 
 
-async def test_exec_in_what_does_not_run_is_refused(engine: Engine, subject: EngineSubject) -> None:
+async def test_an_exec_in_a_stopped_container_is_refused(engine: Engine, subject: EngineSubject) -> None:
     box = await subject.create()
     for engine_id in (box, "nonesuch"):
         with pytest.raises(EngineRejected):

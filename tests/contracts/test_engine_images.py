@@ -15,16 +15,16 @@ pytest_plugins = ["tests.contracts.engine_fixtures"]
 
 OTHERS_UID = "uid-other"
 
-_NO_IMAGES = "FakeEngine has one image, and makes up ids for those that are made"
+_NO_IMAGES = "FakeEngine has one image, and invents ids for new ones"
 NOT_FAKED = {
     "fake": {
-        "test_committing_adds_one_layer_and_the_name": _NO_IMAGES,
-        "test_committing_what_has_written_nothing_adds_no_layer": _NO_IMAGES,
+        "test_a_commit_adds_one_layer_and_the_name": _NO_IMAGES,
+        "test_a_commit_of_an_unchanged_container_adds_no_layer": _NO_IMAGES,
         "test_a_name_moves_from_one_image_to_another": _NO_IMAGES,
-        "test_an_image_that_is_used_stays": _NO_IMAGES,
-        "test_images_made_of_others": _NO_IMAGES,
-        "test_a_pull_that_fails": "FakeEngine pulls every image",
-        "test_who_mounts_an_engine_volume": "FakeEngine keeps no mounts",
+        "test_an_image_in_use_is_not_removed": _NO_IMAGES,
+        "test_images_are_derived_from_others": _NO_IMAGES,
+        "test_a_failed_pull_is_an_error": "FakeEngine pulls every image",
+        "test_the_containers_that_mount_an_engine_volume_are_found": "FakeEngine keeps no mounts",
     }
 }
 
@@ -52,13 +52,13 @@ async def test_an_image_is_found_by_name_and_by_id(engine: Engine, subject: Engi
     assert await engine.image("sha256:" + "0" * 64) is None
 
 
-async def test_a_pull_that_fails(engine: Engine) -> None:
+async def test_a_failed_pull_is_an_error(engine: Engine) -> None:
     with pytest.raises(ImagePullFailed) as failed:
         await engine.pull("127.0.0.1:1/nonesuch", None, lambda _current, _total: None)
     assert failed.value.image == "127.0.0.1:1/nonesuch"
 
 
-async def test_committing_adds_one_layer_and_the_name(engine: Engine, subject: EngineSubject) -> None:
+async def test_a_commit_adds_one_layer_and_the_name(engine: Engine, subject: EngineSubject) -> None:
     base = await engine.image(subject.image)
     assert base is not None
     box = await subject.running()
@@ -83,7 +83,7 @@ async def test_committing_adds_one_layer_and_the_name(engine: Engine, subject: E
     assert await engine.image(made) is None
 
 
-async def test_committing_what_has_written_nothing_adds_no_layer(engine: Engine, subject: EngineSubject) -> None:
+async def test_a_commit_of_an_unchanged_container_adds_no_layer(engine: Engine, subject: EngineSubject) -> None:
     base = await engine.image(subject.image)
     assert base is not None
     made = await engine.commit(await subject.create(), "gpudock/contract:same", {})
@@ -95,23 +95,23 @@ async def test_committing_what_has_written_nothing_adds_no_layer(engine: Engine,
 
 
 async def test_a_name_moves_from_one_image_to_another(engine: Engine, subject: EngineSubject) -> None:
-    one, other = await engine.image(subject.image), await engine.image(subject.volume_image)
-    assert one is not None
+    first, other = await engine.image(subject.image), await engine.image(subject.volume_image)
+    assert first is not None
     assert other is not None
     try:
-        for image in (one, one, other):
+        for image in (first, first, other):
             await engine.tag(image.id, "gpudock/contract:moves")
             assert await engine.image("gpudock/contract:moves") == image
     finally:
         for _ in range(2):
             await engine.remove_image("gpudock/contract:moves")
     assert await engine.image("gpudock/contract:moves") is None
-    assert await engine.image(subject.volume_image) == other, "only the name is gone"
+    assert await engine.image(subject.volume_image) == other, "more than the name was removed"
     with pytest.raises(EngineRejected):
         await engine.tag("nonesuch", "gpudock/contract:moves")
 
 
-async def test_an_image_that_is_used_stays(engine: Engine, subject: EngineSubject) -> None:
+async def test_an_image_in_use_is_not_removed(engine: Engine, subject: EngineSubject) -> None:
     source = await subject.create()
     made = await engine.commit(source, "gpudock/contract:used", {})
     box = await subject.create("user", image="gpudock/contract:used")
@@ -123,7 +123,7 @@ async def test_an_image_that_is_used_stays(engine: Engine, subject: EngineSubjec
     assert await engine.image(made) is None
 
 
-async def test_images_made_of_others(engine: Engine, subject: EngineSubject) -> None:
+async def test_images_are_derived_from_others(engine: Engine, subject: EngineSubject) -> None:
     base, other = await engine.image(subject.image), await engine.image(subject.volume_image)
     assert base is not None
     assert other is not None
@@ -157,7 +157,7 @@ async def test_images_made_of_others(engine: Engine, subject: EngineSubject) -> 
 # ---- engine volumes ----
 
 
-async def test_an_engine_volume_is_made_once(engine: Engine) -> None:
+async def test_creating_an_engine_volume_again_succeeds(engine: Engine) -> None:
     labels = {LABEL_UID: "uid-1", "team": "x"}
     made = await engine.create_volume("own", labels=labels, driver_options={})
     assert await engine.create_volume("own", labels=labels, driver_options={}) == made
@@ -167,7 +167,7 @@ async def test_an_engine_volume_is_made_once(engine: Engine) -> None:
     for theirs, options in (({LABEL_UID: OTHERS_UID}, {}), (labels, {"type": "tmpfs", "device": "tmpfs"})):
         with pytest.raises(VolumeExists):
             await engine.create_volume("own", labels=theirs, driver_options=options)
-    assert await engine.inspect_volume("own") == made, "what is there stays as it is"
+    assert await engine.inspect_volume("own") == made, "the existing volume was changed"
     for _ in range(2):
         await engine.remove_volume("own")
     assert await engine.inspect_volume("own") is None
@@ -182,18 +182,18 @@ async def test_engine_volumes_are_found_by_all_of_their_labels(engine: Engine) -
         ({"team": "y", LABEL_UID: "uid-v2"}, {"v2"}),
         ({"team": "x", LABEL_UID: "uid-v2"}, set()),
     ):
-        assert {one.name for one in await engine.find_volumes(labels)} == names
+        assert {volume.name for volume in await engine.find_volumes(labels)} == names
 
 
-async def test_who_mounts_an_engine_volume(engine: Engine, subject: EngineSubject) -> None:
+async def test_the_containers_that_mount_an_engine_volume_are_found(engine: Engine, subject: EngineSubject) -> None:
     await engine.create_volume("v1", labels={LABEL_UID: "uid-v1"}, driver_options={})
     assert await engine.mounting("v1") == ()
     box = await subject.create(mounts=(Mount(volume="v1", target="/v"),))
     assert (await inspect_container(engine, box)).volumes["/v"] == "v1"
-    assert [one.id for one in await engine.mounting("v1")] == [box]
+    assert [container.id for container in await engine.mounting("v1")] == [box]
     assert await engine.mounting("nonesuch") == ()
     with pytest.raises(EngineRejected, match="in use"):
         await engine.remove_volume("v1")
     await engine.remove(box)
-    assert await engine.inspect_volume("v1"), "it is removed by its name alone"
+    assert await engine.inspect_volume("v1"), "the volume was removed with its container"
     await engine.remove_volume("v1")

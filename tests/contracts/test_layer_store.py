@@ -1,4 +1,4 @@
-"""ports.LayerStore: a writable layer goes to a successor, twice is once, and an exchange can be undone."""
+"""ports.LayerStore: a writable layer is transferred to a successor; calls can be repeated, and an exchange undone."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from gpudock_server.model.engine import EngineContainer, EngineImage
 from gpudock_server.model.operation import LayerTransferMethod
 from gpudock_server.ports import LayerStore
 
-from tests.contracts.two_containers import FakeContainers, PlantedContainers, TwoContainers, model_containers
+from tests.contracts.two_containers import FakeContainers, OverlayContainers, TwoContainers, model_containers
 from tests.rpc.fake_layers import FakeLayers
 from tests.unit.model_files import ModelLayers
 
 
 @dataclass
 class Subject:
-    """An implementation over two containers."""
+    """An implementation with two containers."""
 
     store: LayerStore
     containers: TwoContainers
 
     @property
     def source(self) -> EngineContainer:
-        """It does not run."""
+        """The source, stopped."""
         return self.containers.source
 
     @property
     def target(self) -> EngineContainer:
-        """It never ran."""
+        """A container that never ran."""
         return self.containers.target
 
     @property
     def files(self) -> tuple[frozenset[str], frozenset[str]]:
-        """What the source and the target have in their layers."""
+        """The files in the layers of source and target."""
         return self.containers.files(self.source), self.containers.files(self.target)
 
 
 @pytest.fixture
 def overlay_subject(tmp_path: Path) -> Subject:
     """Layers on this disk."""
-    return Subject(OverlayLayerStore(None, str(tmp_path), local=True), PlantedContainers(tmp_path))
+    return Subject(OverlayLayerStore(None, str(tmp_path), local=True), OverlayContainers(tmp_path))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def fake_subject() -> Subject:
 
 @pytest.fixture(params=["fake", "model", "overlay"])
 def subject(request: pytest.FixtureRequest) -> Subject:
-    """Each implementation in turn."""
+    """Each implementation."""
     made: Subject = request.getfixturevalue(f"{request.param}_subject")
     return made
 
@@ -72,13 +72,13 @@ def store(subject: Subject) -> LayerStore:
     return subject.store
 
 
-# Besides, both fakes tell nothing of accounts, of commits in progress and of what cannot be committed, since they see
-# no image's files (tests/engine/test_layers.py, test_image_accounts.py).
+# Without files of images, both fakes also lack accounts, the progress of commits and refused commits
+# (tests/engine/test_layers.py, test_image_accounts.py).
 _NO_FILES = "FakeLayers moves nothing, and holds no files"
 NOT_FAKED = {
     "fake": {
         "test_an_exchange_swaps_the_layers_once_and_back": _NO_FILES,
-        "test_a_copy_makes_the_new_layer_equal_to_the_old_one": _NO_FILES,
+        "test_a_copied_layer_equals_its_source": _NO_FILES,
         "test_exchanged_layers_are_not_copied": _NO_FILES,
     }
 }
@@ -92,12 +92,12 @@ def _no_progress(_current: int, _total: int) -> None:
     pass
 
 
-async def test_each_method_is_there_or_says_why_it_is_not(store: LayerStore) -> None:
+async def test_each_method_is_available_or_has_a_reason(store: LayerStore) -> None:
     methods = dict(await store.methods())
     assert methods.keys() == set(LayerTransferMethod) - {LayerTransferMethod.NONE}
 
 
-async def test_the_plan_is_a_method_that_is_available(store: LayerStore, subject: Subject) -> None:
+async def test_the_planned_method_is_available(store: LayerStore, subject: Subject) -> None:
     plan = await store.plan(subject.containers.running)
     assert dict(await store.methods())[plan.method] == ""
     assert plan.bytes_to_move >= 0
@@ -118,11 +118,11 @@ async def test_the_plan_of_a_commit(store: LayerStore, subject: Subject) -> None
         pass
 
 
-async def test_accounts_of_an_image_whose_files_are_out_of_reach(store: LayerStore) -> None:
+async def test_an_image_without_readable_files_has_no_accounts(store: LayerStore) -> None:
     assert await store.accounts(EngineImage(id="sha256:1")) is None
 
 
-async def test_locating_tells_the_layers_apart_and_moves_nothing(store: LayerStore, subject: Subject) -> None:
+async def test_locate_distinguishes_the_layers_and_moves_nothing(store: LayerStore, subject: Subject) -> None:
     subject.containers.write("file")
     before = subject.files
     pair = await store.locate(subject.containers.running, subject.target)
@@ -132,7 +132,7 @@ async def test_locating_tells_the_layers_apart_and_moves_nothing(store: LayerSto
     assert subject.files == before
 
 
-async def test_what_is_no_pair_of_containers_of_one_image_is_refused(store: LayerStore, subject: Subject) -> None:
+async def test_locate_refuses_containers_of_different_images(store: LayerStore, subject: Subject) -> None:
     of_another_image = dataclasses.replace(subject.target, image_id=f"sha256:{2:064x}")
     for old, new in (
         (subject.source, subject.source),
@@ -147,7 +147,7 @@ async def test_an_exchange_swaps_the_layers_once_and_back(store: LayerStore, sub
     subject.containers.write("file")
     pair = await store.locate(subject.source, subject.target)
     await store.exchange_back(pair)
-    assert subject.files == (FILE, NOTHING), "nothing had happened that could be undone"
+    assert subject.files == (FILE, NOTHING), "an exchange back before the exchange moved files"
     for _ in range(2):
         assert await store.exchange(pair)
         assert subject.files == (NOTHING, FILE)
@@ -156,13 +156,13 @@ async def test_an_exchange_swaps_the_layers_once_and_back(store: LayerStore, sub
         assert subject.files == (FILE, NOTHING)
 
 
-async def test_a_copy_makes_the_new_layer_equal_to_the_old_one(store: LayerStore, subject: Subject) -> None:
+async def test_a_copied_layer_equals_its_source(store: LayerStore, subject: Subject) -> None:
     subject.containers.write("first")
     pair = await store.locate(subject.source, subject.target)
     for written in ("first", "second"):
         subject.containers.write(written)
         reports: list[tuple[int, int]] = []
-        await store.copy(pair, lambda now, total, into=reports: into.append((now, total)))  # type: ignore[misc]  # bound here
+        await store.copy(pair, lambda now, total, into=reports: into.append((now, total)))  # type: ignore[misc]  # bound in this iteration
         assert subject.files[0] == subject.files[1]
         assert written in subject.files[1]
         assert reports == sorted(reports)
@@ -175,4 +175,4 @@ async def test_exchanged_layers_are_not_copied(store: LayerStore, subject: Subje
     assert await store.exchange(pair)
     with pytest.raises(LayerCarryFailed):
         await store.copy(pair, _no_progress)
-    assert subject.files == (NOTHING, FILE), "the only copy is still there"
+    assert subject.files == (NOTHING, FILE), "the only copy of the files is lost"

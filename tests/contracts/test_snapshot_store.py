@@ -1,4 +1,4 @@
-"""ports.SnapshotStore: a snapshot is made in steps that may be repeated, never changes, and is its operation's."""
+"""ports.SnapshotStore: the steps of a snapshot can be repeated; a sealed snapshot never changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpudock_server.model.operation import new_operation_id
 from gpudock_server.model.snapshot import SnapshotKey, SnapshotKind
 from gpudock_server.ports import LayerTooLarge, SnapshotStore
 
-from tests.contracts.two_containers import FakeContainers, PlantedContainers, TwoContainers, model_containers
+from tests.contracts.two_containers import FakeContainers, OverlayContainers, TwoContainers, model_containers
 from tests.rpc.fake_layers import FakeSnapshots
 from tests.unit.model_files import ModelSnapshots
 
@@ -34,7 +34,7 @@ def _no_progress(_current: int, _total: int) -> None:
 
 @dataclass
 class Subject:
-    """An implementation over two containers; `too_large` is a store for which the source has too many files."""
+    """An implementation with two containers. For the store `too_large` the source has too many files."""
 
     store: SnapshotStore
     containers: TwoContainers
@@ -42,40 +42,40 @@ class Subject:
 
     @property
     def source(self) -> EngineContainer:
-        """It does not run."""
+        """The source, stopped."""
         return self.containers.source
 
     @property
     def running(self) -> EngineContainer:
-        """The source while it runs."""
+        """The source, running."""
         return self.containers.running
 
     @property
     def target(self) -> EngineContainer:
-        """It never ran."""
+        """A container that never ran."""
         return self.containers.target
 
     def write(self, name: str) -> None:
-        """Write a file of the source."""
+        """Write a file in the source."""
         self.containers.write(name)
 
     def files(self, container: EngineContainer) -> frozenset[str]:
-        """What a container has in its layer."""
+        """Return the files in the layer of a container."""
         return self.containers.files(container)
 
 
 @pytest.fixture
 async def overlay_subject(tmp_path: Path) -> AsyncIterator[Subject]:
-    """Trees on this disk."""
+    """Snapshot trees on this disk."""
     (tmp_path / "gpudock").mkdir()
 
     def store(limits: Limits) -> OverlaySnapshotStore:
         return OverlaySnapshotStore(str(tmp_path / "gpudock/snapshots"), str(tmp_path), local=True, limits=limits)
 
     whole, limited = store(Limits()), store(Limits(entries=1))
-    yield Subject(whole, PlantedContainers(tmp_path), lambda: limited)
-    for one in (whole, limited):
-        await one.close()
+    yield Subject(whole, OverlayContainers(tmp_path), lambda: limited)
+    for snapshots in (whole, limited):
+        await snapshots.close()
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def fake_subject() -> Subject:
 
 @pytest.fixture(params=["fake", "model", "overlay"])
 def subject(request: pytest.FixtureRequest) -> Subject:
-    """Each implementation in turn."""
+    """Each implementation."""
     made: Subject = request.getfixturevalue(f"{request.param}_subject")
     return made
 
@@ -115,13 +115,13 @@ NOT_FAKED = {
     "fake": {
         "test_a_snapshot_never_changes": _NO_FILES,
         "test_a_layer_is_mirrored_into_another": _NO_FILES,
-        "test_nothing_is_left_of_a_layer_that_is_too_large": _NO_FILES,
+        "test_a_layer_that_is_too_large_leaves_no_partial_snapshot": _NO_FILES,
     }
 }
 
 
 async def _make(subject: Subject, revision: int, previous: int = 0) -> str:
-    """A sealed snapshot of the source; the operation that made it."""
+    """Seal a snapshot of the source; return the id of its operation."""
     operation_id, key = new_operation_id(), _key(revision)
     before = _key(previous) if previous else None
     await subject.store.gather(subject.running, key, operation_id, before, _no_progress)
@@ -141,7 +141,7 @@ async def test_a_new_store_is_empty(store: SnapshotStore, subject: Subject) -> N
     assert await store.sealed(_key(1)) is None
 
 
-async def test_every_step_may_be_repeated(store: SnapshotStore, subject: Subject) -> None:
+async def test_every_step_can_be_repeated(store: SnapshotStore, subject: Subject) -> None:
     subject.write("file")
     key, operation_id, image_id = _key(3), new_operation_id(), subject.source.image_id
     for _ in range(2):
@@ -156,7 +156,7 @@ async def test_every_step_may_be_repeated(store: SnapshotStore, subject: Subject
     sealed = await store.seal(key, operation_id, image_id)
     assert (sealed.kind, sealed.image_id) == (SnapshotKind.TREE, image_id)
     assert (await store.find(), await store.partials()) == ((key,), ())
-    # A daemon that died right behind the seal does all of it again.
+    # The next daemon repeats all steps if this one is killed right after the seal.
     await store.gather(subject.running, key, operation_id, None, _no_progress)
     await store.complete(subject.source, key, operation_id, None, _no_progress)
     assert await store.seal(key, operation_id, image_id) == sealed
@@ -164,7 +164,7 @@ async def test_every_step_may_be_repeated(store: SnapshotStore, subject: Subject
     assert (await store.find(), await store.partials()) == ((key,), ())
 
 
-async def test_gathering_may_be_left_out(store: SnapshotStore, subject: Subject) -> None:
+async def test_gather_can_be_omitted(store: SnapshotStore, subject: Subject) -> None:
     operation_id = new_operation_id()
     await store.complete(subject.source, _key(1), operation_id, None, _no_progress)
     await store.seal(_key(1), operation_id, subject.source.image_id)
@@ -179,7 +179,7 @@ async def test_a_snapshot_without_its_image_is_not_sealed(store: SnapshotStore, 
     assert await store.find() == ()
 
 
-async def test_what_another_operation_made_is_left_alone(store: SnapshotStore, subject: Subject) -> None:
+async def test_the_snapshot_of_another_operation_is_not_changed(store: SnapshotStore, subject: Subject) -> None:
     mine, key = await _make(subject, 1), _key(1)
     with pytest.raises(SnapshotFailed):
         await store.seal(key, new_operation_id(), subject.source.image_id)
@@ -197,17 +197,17 @@ async def test_what_another_operation_made_is_left_alone(store: SnapshotStore, s
     assert await store.partials() == ()
 
 
-async def test_a_revision_whose_record_was_lost_is_kept_once_more(store: SnapshotStore, subject: Subject) -> None:
+async def test_a_snapshot_without_its_record_is_replaced_by_a_new_one(store: SnapshotStore, subject: Subject) -> None:
     first, key = await _make(subject, 1), _key(1)
     subject.write("more")
     second = await _make(subject, 1, previous=1)
     await store.discard(key, first)
-    assert await store.find() == (key,), "it is the second operation's now"
+    assert await store.find() == (key,), "both snapshots are listed"
     await store.discard(key, second)
     assert await store.find() == ()
 
 
-async def test_an_earlier_snapshot_that_is_gone_is_no_error(store: SnapshotStore, subject: Subject) -> None:
+async def test_a_missing_previous_snapshot_is_no_error(store: SnapshotStore, subject: Subject) -> None:
     await _make(subject, 2, previous=1)
     assert await store.find() == (_key(2),)
 
@@ -227,10 +227,12 @@ async def test_a_snapshot_never_changes(store: SnapshotStore, subject: Subject) 
         await store.remove(_key(1))
     assert await store.find() == (_key(2),)
     await store.restore(_key(2), subject.target, _no_progress)
-    assert subject.files(subject.target) == {"first", "second"}, "what was shared is kept"
+    assert subject.files(subject.target) == {"first", "second"}, "a shared file was removed"
 
 
-async def test_what_cannot_be_restored(store: SnapshotStore, subject: Subject) -> None:
+async def test_a_snapshot_is_restored_only_to_a_stopped_container_of_its_image(
+    store: SnapshotStore, subject: Subject
+) -> None:
     await _make(subject, 1)
     for key, target in (
         (_key(2), subject.target),
@@ -252,7 +254,9 @@ async def test_a_layer_is_mirrored_into_another(store: SnapshotStore, subject: S
         assert subject.files(subject.target) == {"first", "second"}
 
 
-async def test_what_cannot_be_mirrored(store: SnapshotStore, subject: Subject) -> None:
+async def test_a_layer_is_mirrored_only_to_another_stopped_container_of_its_image(
+    store: SnapshotStore, subject: Subject
+) -> None:
     operation_id = new_operation_id()
     for source, target in (
         (subject.source, subject.source),
@@ -263,7 +267,7 @@ async def test_what_cannot_be_mirrored(store: SnapshotStore, subject: Subject) -
             await store.mirror(source, target, operation_id, still=True, progress=_no_progress)
 
 
-async def test_all_of_a_container_is_removed_and_nothing_of_another(store: SnapshotStore, subject: Subject) -> None:
+async def test_all_snapshots_of_one_container_are_removed(store: SnapshotStore, subject: Subject) -> None:
     await _make(subject, 1)
     await _make(subject, 2)
     await store.gather(subject.running, _key(3), new_operation_id(), None, _no_progress)
@@ -275,7 +279,7 @@ async def test_all_of_a_container_is_removed_and_nothing_of_another(store: Snaps
         assert (await store.find(), await store.partials()) == ((other,), ())
 
 
-async def test_nothing_is_left_of_a_layer_that_is_too_large(store: SnapshotStore, subject: Subject) -> None:
+async def test_a_layer_that_is_too_large_leaves_no_partial_snapshot(store: SnapshotStore, subject: Subject) -> None:
     for name in ("a", "b", "c"):
         subject.write(name)
     operation_id = new_operation_id()

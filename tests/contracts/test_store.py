@@ -1,4 +1,4 @@
-"""ports.Store: what transactions put and refuse, what reads show, and pages."""
+"""ports.Store: transactions with their conditions, reads and pages."""
 
 from __future__ import annotations
 
@@ -54,9 +54,8 @@ from tests.rig.patience import limit
 
 pytest_plugins = ["tests.contracts.store_fixtures"]
 
-# MemoryStore does besides not: let what has ended expire (tests/engine/test_etcd_store.py), hold records that cannot
-# be read, refuse what is too large for a transaction or for a store that is full, be unavailable (UnsteadyStore is),
-# and show daemons that are alive (likewise).
+# MemoryStore also lacks: expiry of ended operations (tests/engine/test_etcd_store.py), unreadable records, limits of
+# transactions and of the store, failures and heartbeats of daemons (FailingStore has both).
 NOT_FAKED: dict[str, dict[str, str]] = {}
 
 _RECORD = RequestRecord(operation_id="op1", digest="d")
@@ -67,7 +66,7 @@ def store(any_store: Store) -> Store:
     return any_store
 
 
-async def test_a_new_store_is_empty_and_answers(store: Store) -> None:
+async def test_a_new_store_is_empty_and_responds(store: Store) -> None:
     assert (await store.ping()).startswith("3.")
     usage = await store.usage()
     assert usage.full == ""
@@ -81,7 +80,7 @@ async def test_a_new_store_is_empty_and_answers(store: Store) -> None:
         assert (page.items, page.next_token, page.unreadable) == ((), "", ())
 
 
-async def test_what_is_put_is_read(store: Store) -> None:
+async def test_records_are_read_as_they_were_written(store: Store) -> None:
     head, running = container("web"), operation("op1", request_id="r/1")
     revisions = tuple(revision("web", number) for number in (1, 2, 11))
     version = await store.apply(
@@ -96,10 +95,10 @@ async def test_what_is_put_is_read(store: Store) -> None:
             PutRequest("r/1", _RECORD),
         ]
     )
-    assert version > 0, "0 never names an existing version"
+    assert version > 0, "0 is the version of a missing record"
     assert await store.container("web") == ContainerView(head, version, "op1")
     assert await store.operation("op1") == Versioned(running, version)
-    assert [one.revision for one in await store.history("uid-web")] == list(revisions)
+    assert [view.revision for view in await store.history("uid-web")] == list(revisions)
     assert await store.revision("uid-web", 11) == RevisionView(revisions[2], None)
     assert dict((await store.claims("h1")).claims) == {GPU: holder("web", "op1"), PORT: holder("web", "op1")}
     assert await store.request("r/1") == _RECORD
@@ -114,7 +113,7 @@ async def test_what_is_put_is_read(store: Store) -> None:
     assert await store.history("uid") == ()
 
 
-async def test_volumes(store: Store) -> None:
+async def test_volumes_have_records_revisions_and_locks(store: Store) -> None:
     data, other = volume("data"), volume("other", node="n2")
     lock = Lock(ResourceKind.VOLUME, "data", "op1")
     version = await store.apply([PutVolume(data, expect=0), PutVolume(other, expect=0), lock])
@@ -126,8 +125,8 @@ async def test_volumes(store: Store) -> None:
     assert first.items == (VolumeView(data, version, "op1"),)
     assert rest.items == (VolumeView(other, version, ""),)
     past = await store.volume_revisions("uid-data", page_size=9, page_token="")
-    assert [one.revision for one in past.items] == [1, 2, 11]
-    # A container's lock of the same name is another one, and conditions alone change nothing.
+    assert [revision.revision for revision in past.items] == [1, 2, 11]
+    # The lock of a container with the same name is another lock, and conditions change nothing.
     await store.apply(
         [
             RequireUnlocked(ResourceKind.CONTAINER, "data"),
@@ -152,22 +151,22 @@ async def test_volumes(store: Store) -> None:
     assert not (await store.volume_revisions("uid-data", page_size=9, page_token="")).items
 
 
-async def test_origins_of_images(store: Store) -> None:
-    one = ImageOrigin(node="n", image_id="sha256:1", restricted=True, owners=("a",), update_time=now())
+async def test_origins_of_images_are_written_and_deleted(store: Store) -> None:
+    first = ImageOrigin(node="n", image_id="sha256:1", restricted=True, owners=("a",), update_time=now())
     other = ImageOrigin(node="n/m", image_id="sha256:1", committed_as="a:1", committed_for="b", update_time=now())
-    await store.apply([PutImageOrigin(one), PutImageOrigin(other)])
-    assert await store.image_origin("n", "sha256:1") == one
+    await store.apply([PutImageOrigin(first), PutImageOrigin(other)])
+    assert await store.image_origin("n", "sha256:1") == first
     assert await store.image_origin("n", "sha256:2") is None
-    assert await store.image_origins("n") == (one,)
-    again = one.model_copy(update={"owners": ("a", "b")})
-    await store.apply([PutImageOrigin(again)])
-    assert await store.image_origins("n") == (again,)
+    assert await store.image_origins("n") == (first,)
+    changed = first.model_copy(update={"owners": ("a", "b")})
+    await store.apply([PutImageOrigin(changed)])
+    assert await store.image_origins("n") == (changed,)
     await store.apply([DeleteImageOrigin("n", "sha256:1"), DeleteImageOrigin("n", "sha256:2")])
     assert await store.image_origins("n") == ()
     assert await store.image_origins("n/m") == (other,)
 
 
-async def test_moving_on_and_removing(store: Store) -> None:
+async def test_records_are_replaced_and_deleted(store: Store) -> None:
     first = await store.apply(
         [
             Lock(ResourceKind.CONTAINER, "web", "op1"),
@@ -193,7 +192,7 @@ async def test_moving_on_and_removing(store: Store) -> None:
     assert second > first
     assert await store.container("web") == ContainerView(container("web", generation=2), second, "")
     claims = {GPU: holder("web"), GpuKey("GPU-2"): holder("other")}
-    assert dict((await store.claims("h1")).claims) == claims, "only what its holder gave back is free"
+    assert dict((await store.claims("h1")).claims) == claims, "a claim of another holder was released"
     await store.apply([DeleteContainer("web", "uid-web", expect=second), ReleaseClaim("h1", GPU, "uid-web")])
     assert await store.container("web") is None
     assert await store.history("uid-web") == ()
@@ -202,7 +201,7 @@ async def test_moving_on_and_removing(store: Store) -> None:
 
 
 async def _refused(store: Store, changes: Sequence[StoreChange], by: int) -> object:
-    """What the change at index `by` met when `changes` were refused because of it."""
+    """Return the value that the change at index `by` conflicted with."""
     with pytest.raises(StoreConflict) as conflict:
         await store.apply(changes)
     assert conflict.value.change == changes[by]
@@ -210,7 +209,7 @@ async def _refused(store: Store, changes: Sequence[StoreChange], by: int) -> obj
 
 
 async def _everything(store: Store) -> list[object]:
-    """All that a store shows of the objects of the test below."""
+    """Return everything that the store has of the objects of the next test."""
     return [
         *[await store.container(name) for name in ("web", "db")],
         *[await store.operation(name) for name in ("op1", "op2")],
@@ -221,7 +220,7 @@ async def _everything(store: Store) -> list[object]:
     ]
 
 
-async def test_each_condition_that_fails_names_itself_and_nothing_happens(store: Store) -> None:
+async def test_a_failed_condition_is_reported_and_nothing_is_written(store: Store) -> None:
     version = await store.apply(
         [
             Lock(ResourceKind.CONTAINER, "web", "op1"),
@@ -260,11 +259,11 @@ async def test_each_condition_that_fails_names_itself_and_nothing_happens(store:
     locked = Lock(ResourceKind.CONTAINER, "busy", "op3")
     for change, found in cases:
         assert await _refused(store, [new, change, ReleaseClaim("h1", GpuKey("GPU-9"), "uid-web")], by=1) == found
-        assert await _refused(store, [change, locked], by=0) == found, "the first is named"
+        assert await _refused(store, [change, locked], by=0) == found, "another conflict was reported first"
     assert await _everything(store) == before
 
 
-async def test_changes_that_make_no_sense_are_refused(store: Store) -> None:
+async def test_invalid_transactions_are_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="use the same key"):
         await store.apply([Lock(ResourceKind.CONTAINER, "web", "a"), Unlock(ResourceKind.CONTAINER, "web", "a")])
     with pytest.raises(ValueError, match="needs at least one change"):
@@ -272,7 +271,7 @@ async def test_changes_that_make_no_sense_are_refused(store: Store) -> None:
     assert await store.list_locks() == ()
 
 
-async def test_names_are_never_taken_apart(store: Store) -> None:
+async def test_names_with_separators_are_different_keys(store: Store) -> None:
     odd = GpuKey("MIG-GPU-1/2/3 %2F\u00fc")
     await store.apply([Claim("h/1", odd, holder("web")), Claim("h", odd, holder("db"))])
     assert dict((await store.claims("h/1")).claims) == {odd: holder("web")}
@@ -295,10 +294,10 @@ async def test_claimers_at_once_get_each_gpu_once(store: Store) -> None:
 
     assert sum(await asyncio.gather(*(claim(number) for number in range(12)))) == 4
     assert len({each.uid for each in (await store.claims("h1")).claims.values()}) == 4
-    assert len(await store.unfinished("n1")) == 4, "who got nothing has left nothing"
+    assert len(await store.unfinished("n1")) == 4, "a refused transaction left an operation"
 
 
-async def test_confirming_and_releasing_among_others_who_write_the_same_keys(store: Store) -> None:
+async def test_claims_are_confirmed_and_released_while_others_write_the_same_keys(store: Store) -> None:
     keys: list[ClaimKey] = [GpuKey(f"GPU-{number}") for number in range(4)]
     await store.apply([Claim("h1", key, holder("web")) for key in keys])
 
@@ -316,19 +315,19 @@ async def test_confirming_and_releasing_among_others_who_write_the_same_keys(sto
 # ---- operations, locks, requests ----
 
 
-async def test_operations_are_listed_by_id_without_what_is_large(store: Store) -> None:
+async def test_operations_are_listed_by_id_without_large_fields(store: Store) -> None:
     large = {name: operation(name).changed(arguments={"image": "x"}, result=container("web")) for name in "bca"}
-    for one in large.values():
-        await store.apply([PutOperation(one, expect=0)])
+    for each in large.values():
+        await store.apply([PutOperation(each, expect=0)])
     listed = (await store.operations(page_size=9, page_token="")).items
-    assert [one.id for one in listed] == ["a", "b", "c"]
-    assert listed[0] == operation("a"), "arguments and result are shown where an operation is read by itself"
+    assert [each.id for each in listed] == ["a", "b", "c"]
+    assert listed[0] == operation("a"), "a listed operation has arguments or a result"
     stored = await store.operation("a")
     assert stored is not None
     assert stored.value == large["a"]
 
 
-async def test_what_has_ended_keeps_its_result_and_not_its_arguments(store: Store) -> None:
+async def test_an_ended_operation_keeps_its_result_and_not_its_arguments(store: Store) -> None:
     version = await store.apply([PutOperation(operation("op1", arguments={"image": "x"}), expect=0)])
     ended = operation(
         "op1", arguments={"image": "x"}, result=container("web"), state=OperationState.SUCCEEDED, end_time=EXAMPLE_TIME
@@ -349,21 +348,21 @@ async def test_unfinished_operations_are_found_by_their_locks(store: Store) -> N
     )
     await store.apply([PutOperation(operation("op4", node="n2"), expect=0), Lock(ResourceKind.CONTAINER, "d", "op4")])
     await store.apply([Lock(ResourceKind.CONTAINER, "e", "never recorded")])
-    assert [one.value.id for one in await store.unfinished("n1")] == ["op1"], "once, also with several locks"
-    assert [one.value.id for one in await store.unfinished("n2")] == ["op4"]
+    assert [stored.value.id for stored in await store.unfinished("n1")] == ["op1"], "listed once for each lock"
+    assert [stored.value.id for stored in await store.unfinished("n2")] == ["op4"]
     assert {lock.operation_id for lock in await store.list_locks()} == {"op1", "op3", "op4", "never recorded"}
     await store.apply([Unlock(lock.kind, lock.name, lock.operation_id) for lock in await store.list_locks()])
     assert await store.list_locks() == ()
 
 
-async def test_a_request_is_recorded_once_until_it_has_ended(store: Store) -> None:
+async def test_a_request_id_is_recorded_once_until_its_operation_has_ended(store: Store) -> None:
     other = RequestRecord(operation_id="op2", digest="e")
     version = await store.apply([PutRequest("r", _RECORD)])
     assert await _refused(store, [PutRequest("r", other)], by=0) == Versioned(_RECORD, version)
     await store.apply([PutRequest("r", other, ended=True)])
     assert await store.request("r") == other
-    await store.apply([PutRequest("never asked for before", other, ended=True)])
-    assert await store.request("never asked for before") == other
+    await store.apply([PutRequest("new", other, ended=True)])
+    assert await store.request("new") == other
 
 
 # ---- revisions and their snapshots ----
@@ -371,7 +370,7 @@ async def test_a_request_is_recorded_once_until_it_has_ended(store: Store) -> No
 _SNAPSHOT = Snapshot(kind=SnapshotKind.TREE, image_id="sha256:1", create_time=EXAMPLE_TIME)
 
 
-async def test_a_revision_is_shown_with_its_snapshot_or_why_it_has_none(store: Store) -> None:
+async def test_a_revision_has_its_snapshot_or_the_reason_for_none(store: Store) -> None:
     await store.apply([PutContainer(container("web"), expect=0), *(PutRevision(revision("web", n)) for n in (1, 2, 3))])
     await store.apply([PutSnapshot("uid-web", 1, _SNAPSHOT), PutSnapshot("uid-web", 2, SnapshotSkipped(reason="full"))])
     assert await store.history("uid-web") == (
@@ -380,10 +379,10 @@ async def test_a_revision_is_shown_with_its_snapshot_or_why_it_has_none(store: S
         RevisionView(revision("web", 3), None),
     )
     await store.apply([PutSnapshot("uid-web", 2, _SNAPSHOT)])
-    assert await store.revision("uid-web", 2) == RevisionView(revision("web", 2), _SNAPSHOT), "the last word counts"
+    assert await store.revision("uid-web", 2) == RevisionView(revision("web", 2), _SNAPSHOT), "not the last one"
 
 
-async def test_a_snapshot_that_comes_before_its_revision_is_shown_with_it(store: Store) -> None:
+async def test_a_snapshot_written_before_its_revision_is_shown_with_it(store: Store) -> None:
     await store.apply([PutSnapshot("uid-web", 1, _SNAPSHOT)])
     assert await store.history("uid-web") == ()
     assert await store.revision("uid-web", 1) is None
@@ -391,7 +390,7 @@ async def test_a_snapshot_that_comes_before_its_revision_is_shown_with_it(store:
     assert await store.revision("uid-web", 1) == RevisionView(revision("web", 1), _SNAPSHOT)
 
 
-async def test_a_deleted_revision_takes_what_was_said_of_its_snapshot_along(store: Store) -> None:
+async def test_a_deleted_revision_deletes_the_record_of_its_snapshot(store: Store) -> None:
     await store.apply([PutRevision(revision("web", 1)), PutRevision(revision("web", 11))])
     await store.apply([PutSnapshot("uid-web", 1, _SNAPSHOT), PutSnapshot("uid-web", 11, _SNAPSHOT)])
     for _ in range(2):
@@ -415,20 +414,20 @@ async def test_the_deletion_of_a_head_deletes_only_its_history(store: Store) -> 
 # ---- pages ----
 
 
-async def test_pages_show_the_moment_of_the_first_while_others_write(store: Store) -> None:
+async def test_all_pages_show_the_state_at_the_first_while_others_write(store: Store) -> None:
     names = [f"c{number:02}" for number in range(25)]
     for name in names:
         await store.apply([*begin_changes(f"op-{name}", name), PutContainer(container(name), expect=0)])
-    seen: list[ContainerView] = []
+    views: list[ContainerView] = []
     operations: list[Operation] = []
     token = operations_token = ""
     while True:
         page = await store.containers(page_size=10, page_token=token)
-        seen += page.items
+        views += page.items
         listed = await store.operations(page_size=10, page_token=operations_token)
         operations += listed.items
-        # Between the pages, all that is left of what was listed is renamed, unlocked and deleted, from the last on.
-        for name in reversed(names[len(seen) :]):
+        # Between two pages, all remaining objects are changed, unlocked or deleted, from the last one on.
+        for name in reversed(names[len(views) :]):
             view = await store.container(name)
             if view is not None:
                 renamed = PutContainer(container(f"{name}x"), expect=0)
@@ -437,15 +436,15 @@ async def test_pages_show_the_moment_of_the_first_while_others_write(store: Stor
         token, operations_token = page.next_token, listed.next_token
         if not token:
             break
-    assert [view.container.name for view in seen] == names
-    assert [view.operation_id for view in seen] == [f"op-{name}" for name in names]
+    assert [view.container.name for view in views] == names
+    assert [view.operation_id for view in views] == [f"op-{name}" for name in names]
     assert [each.target.name for each in operations] == names
     assert operations_token == ""
     later = await store.containers(page_size=100, page_token="")
     assert [view.container.name for view in later.items] == [*names[:10], *(f"{name}x" for name in names[10:])]
 
 
-async def test_pages_of_a_history(store: Store) -> None:
+async def test_revisions_are_read_in_pages(store: Store) -> None:
     await store.apply([PutRevision(revision("web", number)) for number in (1, 2, 11)])
     await store.apply([PutVolumeRevision(volume_revision("web", number)) for number in (1, 2, 11)])
     first = await store.revisions("uid-web", page_size=2, page_token="")
@@ -456,17 +455,17 @@ async def test_pages_of_a_history(store: Store) -> None:
     assert [*first.items, *last.items] == [RevisionView(revision("web", number), None) for number in (1, 2, 11)]
     assert last.next_token == ""
     last_past = await store.volume_revisions("uid-web", page_size=9, page_token=past.next_token)
-    assert [one.revision for one in (*past.items, *last_past.items)] == [1, 2, 11]
+    assert [revision.revision for revision in (*past.items, *last_past.items)] == [1, 2, 11]
 
 
-async def test_a_page_that_is_exactly_full_is_the_last_one(store: Store) -> None:
+async def test_a_full_last_page_has_no_token(store: Store) -> None:
     for name in ("a", "b"):
         await store.apply([PutContainer(container(name), expect=0)])
     page = await store.containers(page_size=2, page_token="")
     assert (len(page.items), page.next_token) == (2, "")
 
 
-async def test_page_tokens_that_are_wrong(store: Store) -> None:
+async def test_invalid_page_tokens_are_refused(store: Store) -> None:
     for name in ("a", "b", "c"):
         await store.apply([PutContainer(container(name), expect=0), PutOperation(operation(name), expect=0)])
         await store.apply([PutRevision(revision(name, 1)), PutRevision(revision(name, 2))])
@@ -482,11 +481,11 @@ async def test_page_tokens_that_are_wrong(store: Store) -> None:
         await store.revisions("uid-b", page_size=1, page_token=another_history)
 
 
-async def test_page_tokens_that_are_old_have_expired(store: Store, forget: Forget) -> None:
+async def test_old_page_tokens_have_expired(store: Store, forget: Forget) -> None:
     for name in ("a", "b"):
         await store.apply([PutContainer(container(name), expect=0)])
     token = (await store.containers(page_size=1, page_token="")).next_token
     await forget()
     with pytest.raises(ResumeTokenExpired):
         await store.containers(page_size=1, page_token=token)
-    assert len((await store.containers(page_size=9, page_token="")).items) == 2, "what is there now is not forgotten"
+    assert len((await store.containers(page_size=9, page_token="")).items) == 2, "current records expired"

@@ -1,4 +1,4 @@
-"""ports.Store: watches of containers and volumes, every change once and in order, from any token on."""
+"""ports.Store: watches of containers and volumes deliver every change once and in order, from any token."""
 
 from __future__ import annotations
 

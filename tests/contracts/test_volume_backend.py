@@ -3,7 +3,7 @@
 ProjectQuotaBackend needs a kernel with project quotas: tests/engine/test_volume_quotas.py, in the test VM.
 """
 
-# Nothing else waits for these tests' loops.
+# These tests have no other tasks that blocking calls could delay.
 # ruff: noqa: ASYNC240, PTH208
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SIZE, LARGER, SMALLER = 320 * MIB, 400 * MIB, 300 * MIB
 
 @dataclass
 class Sized:
-    """An implementation for stores with a size, and a size that it does not take."""
+    """An implementation for volumes with a size, and a size that it refuses."""
 
     backend: VolumeBackend
     unsupported: int = 1 * MIB
@@ -43,15 +43,15 @@ class Sized:
 
 @pytest.fixture
 async def loop_sized(tmp_path: Path) -> AsyncIterator[Sized]:
-    """On loop devices, with the best filesystem that this host has."""
+    """Loop devices with the best filesystem of this host."""
     backend = LoopBackend(tmp_path / "volumes", local=True)
     if reason := await backend.unavailable_reason():
         pytest.skip(reason)
     yield Sized(backend)
-    for one in await backend.backings_on_disk():
-        if one.backing:
-            await backend.destroy(one.backing)
-    assert not loop_devices_below(tmp_path), "what a test attaches is detached"
+    for found in await backend.backings_on_disk():
+        if found.backing:
+            await backend.destroy(found.backing)
+    assert not loop_devices_below(tmp_path), "a loop device is still attached"
 
 
 @pytest.fixture
@@ -74,15 +74,15 @@ LOOP_IS_DEEP = pytest.mark.parametrize("sized", deep_except(FAKES, IMPLEMENTATIO
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def sized(request: pytest.FixtureRequest) -> Sized:
-    """Each implementation in turn."""
+    """Each implementation."""
     made: Sized = request.getfixturevalue(f"{request.param}_sized")
     return made
 
 
 _NO_FILES = "the fakes hold no files: a test says what is in use"
 NOT_FAKED = {
-    "fake": {"test_files_stay_where_they_are": _NO_FILES},
-    "model": {"test_files_stay_where_they_are": _NO_FILES},
+    "fake": {"test_files_are_kept_by_resizes": _NO_FILES},
+    "model": {"test_files_are_kept_by_resizes": _NO_FILES},
 }
 
 
@@ -91,7 +91,7 @@ def backend(sized: Sized) -> VolumeBackend:
     return sized.backend
 
 
-async def test_it_is_available_and_says_which_one_it_is(backend: VolumeBackend) -> None:
+async def test_a_backend_is_available_and_has_its_kind(backend: VolumeBackend) -> None:
     assert await backend.unavailable_reason() == ""
     assert backend.kind is not VolumeBackendKind.PLAIN
 
@@ -107,16 +107,16 @@ async def test_a_store_is_made_once(backend: VolumeBackend) -> None:
     assert 0 <= usage.used_bytes <= usage.minimum_bytes <= SIZE
 
 
-async def test_sizes_that_it_does_not_take(sized: Sized, backend: VolumeBackend) -> None:
+async def test_unsupported_sizes_are_refused(sized: Sized, backend: VolumeBackend) -> None:
     with pytest.raises(SizeNotSupported):
         await sized.made(size_bytes=sized.unsupported)
     made = await sized.made()
     with pytest.raises(SizeNotSupported):
         await backend.replacement(made, str(uuid.uuid4()), sized.unsupported)
-    assert [one.uid for one in await backend.backings_on_disk()] == [made.uid], "nothing is left of what was refused"
+    assert [one.uid for one in await backend.backings_on_disk()] == [made.uid], "a refused store was left"
 
 
-async def test_what_is_on_the_disk_is_listed_with_its_identity(sized: Sized, backend: VolumeBackend) -> None:
+async def test_stores_on_disk_are_listed_with_their_identity(sized: Sized, backend: VolumeBackend) -> None:
     assert await backend.backings_on_disk() == ()
     identity = VolumeIdentity(node="n1", owner="alice", labels={"team": "x"})
     made = await backend.create(str(uuid.uuid4()), "data", SIZE, identity)
@@ -130,35 +130,35 @@ async def test_what_is_on_the_disk_is_listed_with_its_identity(sized: Sized, bac
     assert (left.backing, left.identity, left.damage) == (grown, identity, "")
 
 
-async def test_it_can_be_attached_at_any_time(sized: Sized, backend: VolumeBackend) -> None:
+async def test_a_store_can_be_attached_at_any_time(sized: Sized, backend: VolumeBackend) -> None:
     made = await sized.made()
     for _ in range(2):
         await backend.attach(made)
     assert (await backend.usage(made)).size_bytes >= SIZE
 
 
-async def test_growing(sized: Sized, backend: VolumeBackend) -> None:
+async def test_a_store_grows(sized: Sized, backend: VolumeBackend) -> None:
     made = await sized.made()
     grown = await backend.grow(made, LARGER)
     assert grown == made.model_copy(update={"size_bytes": LARGER})
-    # Also where the first one was done and not heard of.
+    # A repeated call succeeds.
     assert await backend.grow(made, LARGER) == await backend.grow(grown, LARGER) == grown
     assert (await backend.usage(grown)).size_bytes >= LARGER
 
 
-async def test_shrinking_or_saying_that_it_needs_a_copy(sized: Sized, backend: VolumeBackend) -> None:
+async def test_a_store_shrinks_or_needs_a_copy(sized: Sized, backend: VolumeBackend) -> None:
     made = await sized.made()
     if backend.needs_copy(made, SMALLER):
         with pytest.raises(ShrinkNeedsCopy):
             await backend.shrink(made, SMALLER)
-        assert (await backend.usage(made)).size_bytes >= SIZE, "nothing was changed"
+        assert (await backend.usage(made)).size_bytes >= SIZE, "the store was changed"
     else:
         shrunk = await backend.shrink(made, SMALLER)
         assert shrunk == made.model_copy(update={"size_bytes": SMALLER})
         assert await backend.shrink(shrunk, SMALLER) == shrunk
 
 
-async def test_shrinking_below_what_is_in_use_changes_nothing(sized: Sized, backend: VolumeBackend) -> None:
+async def test_a_shrink_below_the_bytes_in_use_changes_nothing(sized: Sized, backend: VolumeBackend) -> None:
     made = await sized.made()
     with pytest.raises(VolumeTooSmallForData) as refused:
         await backend.shrink(made, 1)
@@ -168,7 +168,7 @@ async def test_shrinking_below_what_is_in_use_changes_nothing(sized: Sized, back
 
 
 @LOOP_IS_DEEP
-async def test_two_stores_change_their_places(sized: Sized, backend: VolumeBackend) -> None:
+async def test_two_stores_exchange_their_contents(sized: Sized, backend: VolumeBackend) -> None:
     old = await sized.made(size_bytes=LARGER)
     uid = str(uuid.uuid4())
     new = await backend.replacement(old, uid, SIZE)
@@ -176,13 +176,13 @@ async def test_two_stores_change_their_places(sized: Sized, backend: VolumeBacke
     assert (new.uid, new.size_bytes, new.kind) == (uid, SIZE, old.kind)
     content, other_content = await backend.content(old), await backend.content(new)
     assert content != other_content
-    # What they are to be afterwards: the sizes go with the contents.
+    # The state after the exchange: the sizes are exchanged with the contents.
     small, large = old.model_copy(update={"size_bytes": SIZE}), new.model_copy(update={"size_bytes": LARGER})
     for holder in (old, new):
         async with backend.open_files(holder):
             with pytest.raises(VolumeInUse):
                 await backend.exchange(large, small, content)
-        assert await backend.content(old) == content, "nothing was changed"
+        assert await backend.content(old) == content, "the store was changed"
     for _ in range(2):
         await backend.exchange(large, small, content)
         assert (await backend.content(new), await backend.content(old)) == (content, other_content)
@@ -193,13 +193,13 @@ async def test_two_stores_change_their_places(sized: Sized, backend: VolumeBacke
         assert (await backend.content(old), await backend.content(new)) == (content, other_content)
     with pytest.raises(VolumeFailed):
         await backend.exchange(old, new, "what neither holds")
-    # No more of it is needed than its kind and its uid.
+    # Its kind and its uid are sufficient.
     await backend.destroy(VolumeBacking(kind=new.kind, uid=new.uid, name="", engine_volume=""))
     assert [one.uid for one in await backend.backings_on_disk()] == [old.uid]
 
 
 @LOOP_IS_DEEP
-async def test_what_is_open_is_not_destroyed(sized: Sized, backend: VolumeBackend) -> None:
+async def test_an_open_store_is_not_destroyed(sized: Sized, backend: VolumeBackend) -> None:
     made = await sized.made()
     async with backend.open_files(made), backend.open_files(made):
         with pytest.raises(VolumeInUse):
@@ -210,17 +210,17 @@ async def test_what_is_open_is_not_destroyed(sized: Sized, backend: VolumeBacken
     assert await backend.backings_on_disk() == ()
 
 
-async def test_files_stay_where_they_are(sized: Sized, backend: VolumeBackend) -> None:
+async def test_files_are_kept_by_resizes(sized: Sized, backend: VolumeBackend) -> None:
     made = await sized.made()
     async with backend.open_files(made) as folder:
-        assert os.listdir(folder) == [], "a new one is empty"
+        assert os.listdir(folder) == [], "a new store has files"
         Path(folder, "file").write_text("kept")
     made = await backend.grow(made, LARGER)
     async with backend.open_files(made) as folder:
         assert Path(folder, "file").read_text() == "kept"
 
 
-async def test_what_was_destroyed_is_gone(sized: Sized, backend: VolumeBackend) -> None:
+async def test_a_destroyed_store_is_removed(sized: Sized, backend: VolumeBackend) -> None:
     made = await sized.made()
     await backend.destroy(made)
     for call in (backend.usage(made), backend.attach(made), backend.content(made), backend.grow(made, LARGER)):
@@ -232,7 +232,7 @@ async def test_what_was_destroyed_is_gone(sized: Sized, backend: VolumeBackend) 
     assert await backend.backings_on_disk() == ()
 
 
-async def test_the_pool_counts_what_was_promised(sized: Sized, backend: VolumeBackend) -> None:
+async def test_the_pool_counts_the_sizes_of_stores(sized: Sized, backend: VolumeBackend) -> None:
     one, other = await sized.made("one"), await sized.made("other", LARGER)
     pool = await backend.pool()
     assert pool.promised_bytes == SIZE + LARGER
@@ -248,7 +248,7 @@ async def test_the_pool_counts_what_was_promised(sized: Sized, backend: VolumeBa
 
 @pytest.fixture(params=["fake", "model", "engine"])
 def plain(request: pytest.FixtureRequest, tmp_path: Path) -> VolumeBackend:
-    """Each implementation for stores without a size in turn."""
+    """Each implementation for volumes without a size."""
     made: dict[str, VolumeBackend] = {
         "fake": FakePlainVolumes(),
         "model": ModelPlainVolumes(faults=Faults()),
@@ -273,9 +273,9 @@ async def test_plain_stores_have_no_size(plain: VolumeBackend) -> None:
     assert (await plain.pool()).promised_bytes == 0
 
 
-async def test_plain_stores_are_the_engines(plain: VolumeBackend) -> None:
+async def test_plain_stores_exist_only_in_the_engine(plain: VolumeBackend) -> None:
     made = await plain.create(str(uuid.uuid4()), "data", 0)
-    assert await plain.backings_on_disk() == (), "the engine has them"
+    assert await plain.backings_on_disk() == (), "a plain store is listed"
     assert not plain.needs_copy(made, 0)
     for call in (
         plain.replacement(made, str(uuid.uuid4()), 0),

@@ -1,4 +1,4 @@
-"""Two containers of one image that do not run, and the files in their writable layers: on this disk and in memory."""
+"""Two stopped containers of one image with files in their writable layers, on disk and in memory."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from tests.unit.model_engine import IMAGE, ModelEngine
 
 
 class TwoContainers(Protocol):
-    """`target` has never run; `running` is the source while it does."""
+    """Two containers. `target` has never run."""
 
     source: EngineContainer
     target: EngineContainer
 
     @property
     def running(self) -> EngineContainer:
-        """The source, as the engine shows it while it runs."""
+        """The source, running."""
         return dataclasses.replace(self.source, state=EngineState.RUNNING)
 
     def write(self, name: str) -> None:
-        """Write a file of the source."""
+        """Write a file in the source."""
 
     def files(self, container: EngineContainer) -> frozenset[str]:
-        """What a container has in its layer."""
+        """Return the files in the layer of a container."""
 
 
-class PlantedContainers(TwoContainers):
-    """Layers laid out below a folder as the engine does it, without an engine."""
+class OverlayContainers(TwoContainers):
+    """Layers in a folder with the layout of overlay2, without an engine."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.source, self.target = (_container(str(number), upper) for number, upper in _layers(root))
 
     def write(self, name: str) -> None:
-        """Write a file of the source."""
+        """Write a file in the source."""
         Path(self.source.upper_dir, name).write_text(name)
 
     def files(self, container: EngineContainer) -> frozenset[str]:
-        """What a container has in its layer."""
+        """Return the files in the layer of a container."""
         return frozenset(path.name for path in Path(container.upper_dir).iterdir())
 
 
@@ -60,10 +60,10 @@ class FakeContainers(TwoContainers):
         self.source, self.target = (_container(name) for name in ("source", "target"))
 
     def write(self, name: str) -> None:
-        """Nothing is written."""
+        """Write nothing."""
 
     def files(self, container: EngineContainer) -> frozenset[str]:
-        """Nothing: not in this one either."""
+        """Return no files."""
         assert container in (self.source, self.target)
         return frozenset()
 
@@ -75,16 +75,16 @@ class ModelContainers(TwoContainers):
         self.engine, self.source, self.target = engine, source, target
 
     def write(self, name: str) -> None:
-        """Write a file of the source."""
+        """Write a file in the source."""
         self.engine.write(self.source.id, name)
 
     def files(self, container: EngineContainer) -> frozenset[str]:
-        """What a container has in its layer."""
+        """Return the files in the layer of a container."""
         return self.engine.layers[self.engine.layer_of[container.id]]
 
 
 async def model_containers() -> ModelContainers:
-    """Of an engine of their own."""
+    """Return containers of a new engine."""
     engine = ModelEngine(Faults())
     source, target = [await _created(engine, name) for name in ("source", "target")]
     return ModelContainers(engine, source, target)

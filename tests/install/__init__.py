@@ -1,1 +1,1 @@
-"""`make install` and `make uninstall`: below DESTDIR, and on a host as README.md says."""
+"""Tests of `make install` and `make uninstall`, with DESTDIR and on a host as in README.md."""

@@ -1,4 +1,4 @@
-"""A host to install on: this machine's files in namespaces of the rig, where every change goes to memory."""
+"""A host to install on: the files of this machine in namespaces of the rig, with all changes in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.rig.engine import SYSTEM_PATH
 from tests.rig.rig import REPOSITORY
 
 _DEADLINE_S = 300.0
-# An overlay has nothing of what is mounted below; the rig's folder must be the real one, for its sockets.
+# An overlay does not include mounts below it; the folder of the rig must be the real one, for its sockets.
 _SET_UP = """
 space=$1 rig=$2 engine=$3
 mount -t tmpfs -o mode=755 host "$space"
@@ -42,7 +42,7 @@ class Host:
     """Runs scripts on it. Processes that they leave behind are ended with the rig at the latest."""
 
     def __init__(self, rig: Rig, folder: Path, environment: Mapping[str, str]) -> None:
-        """Sets it up in `folder`, which is empty; `environment` is the whole one of its scripts."""
+        """Set up the host in an empty folder. `environment` is the whole environment of its scripts."""
         self._rig = rig
         self._logs = folder / "logs"
         self._logs.mkdir()
@@ -59,11 +59,11 @@ class Host:
         self._holder.wait_until((self._root / "run/ready").exists)
 
     def path(self, name: str) -> Path:
-        """Where this process finds one of its files; symbolic links in it would lead out of it."""
+        """Return the path of a file of the host for this process; symbolic links in it would leave the host."""
         return self._root / name.lstrip("/")
 
     def run(self, script: str, **variables: str) -> str:
-        """Runs it as root in a checkout, with further variables; returns its output. Raises RigError if it fails."""
+        """Run a script as root in the checkout; return its output. Raises RigError if it fails."""
         process = self._start(["/bin/sh", "-euc", script], {**self._environment, **variables})
         code = process.wait(_DEADLINE_S)
         if code:
@@ -71,7 +71,7 @@ class Host:
         return process.log_text
 
     def start_unit(self, name: str) -> Process:
-        """Starts what a unit says, as systemd would after it has made the folders that the unit names."""
+        """Start the program of a unit, after creating the folders of the unit, as systemd does."""
         lines = self.path(f"/usr/local/lib/systemd/system/{name}.service").read_text(encoding="utf-8").splitlines()
         settings = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
         for setting, base in (("RuntimeDirectory", "/run"), ("StateDirectory", "/var/lib")):
@@ -90,5 +90,5 @@ class Host:
         )
 
     def close(self) -> None:
-        """Ends it; its files are gone when nothing runs there any more."""
+        """End the host. Its files are gone when its last process has ended."""
         self._holder.kill9()

@@ -1,4 +1,4 @@
-"""`make install` and `make uninstall` below DESTDIR: again, newer, and with files that an operator has changed."""
+"""`make install` and `make uninstall` with DESTDIR: repeated, upgraded, and with files that an operator changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.rig.rig import REPOSITORY
 pytestmark = pytest.mark.deep
 
 _DEADLINE_S = 300.0
-# Not the defaults: as for a package of a distribution.
+# Other paths than the defaults, as in a package of a distribution.
 _PLACES = {"PREFIX": "/srv/gpudock", "BINDIR": "/usr/bin", "UNITDIR": "/usr/lib/systemd/system"}
 _CONFIG = "etc/gpudock/gpudockd.toml"
 _UNIT = "usr/lib/systemd/system/gpudockd.service"
@@ -24,7 +24,7 @@ _STATE = "var/lib/gpudock/etcd/member"
 
 
 class Checkout:
-    """A copy of this checkout, which can be changed, and a root for what it installs."""
+    """A copy of this checkout that can be edited, and a root folder to install into."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "checkout"
@@ -43,7 +43,7 @@ class Checkout:
             shutil.copy(REPOSITORY / name, self.folder / name)
 
     def make(self, target: str, code: int = 0, **variables: str) -> str:
-        """Runs it with DESTDIR; returns all its output."""
+        """Run make with DESTDIR; return its output."""
         words = [f"{name}={value}" for name, value in {"DESTDIR": str(self.root), **_PLACES}.items()]
         done = subprocess.run(
             ["make", target, *words],
@@ -59,18 +59,18 @@ class Checkout:
         return done.stdout
 
     def edit(self, name: str, old: str, new: str) -> None:
-        """Changes a file of it."""
+        """Edit a file of the checkout."""
         path = self.folder / name
         text = path.read_text(encoding="utf-8")
         assert old in text
         path.write_text(text.replace(old, new), encoding="utf-8")
 
     def everything(self) -> dict[str, tuple[object, ...]]:
-        """All that is in the root: kind, mode, content and time of change of each path."""
+        """Return the type, mode, content and mtime of each path in the root."""
         return {str(path.relative_to(self.root)): _state(path) for path in self.root.rglob("*")}
 
     def files(self) -> set[str]:
-        """All paths that are no folders."""
+        """Return all paths that are not folders."""
         return {name for name in self.everything() if (path := self.root / name).is_symlink() or not path.is_dir()}
 
 
@@ -89,7 +89,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 @pytest.mark.timeout(900)
-def test_from_the_first_installation_to_the_last_file(checkout: Checkout) -> None:
+def test_install_upgrade_and_uninstall(checkout: Checkout) -> None:
     root = checkout.root
     checkout.make("install")
     assert {name for name in checkout.files() if not name.startswith("srv/gpudock/")} == {
@@ -102,7 +102,7 @@ def test_from_the_first_installation_to_the_last_file(checkout: Checkout) -> Non
     assert str((root / "usr/bin/gpudockd").readlink()) == "/srv/gpudock/bin/gpudockd"
     assert "ExecStart=/srv/gpudock/bin/gpudockd" in (root / _UNIT).read_text().splitlines()
     assert _version(root) == "gpudockd 0.1.0"
-    # No file knows where it was made: neither scripts nor what was compiled.
+    # No file, also no script or compiled file, contains the path of DESTDIR.
     named = subprocess.run(["grep", "-rlF", str(root), str(root)], check=False, capture_output=True, text=True)
     assert named.stdout == ""
     systemd = Path("/usr/lib/systemd/system")
@@ -113,16 +113,16 @@ def test_from_the_first_installation_to_the_last_file(checkout: Checkout) -> Non
     assert (verified.returncode, verified.stderr) == (0, "")
 
     before = checkout.everything()
-    said = checkout.make("install")
-    assert said == "unchanged  /srv/gpudock\n"
+    output = checkout.make("install")
+    assert output == "unchanged  /srv/gpudock\n"
     assert checkout.everything() == before
 
-    # An installation that fails leaves all as it was.
+    # A failed installation changes nothing.
     checkout.edit("pyproject.toml", 'version = "0.1.0"', 'version = "0.2.0"')
     checkout.make("install", code=2, PIP_FIND_LINKS="/nowhere")
     assert checkout.everything() == before
 
-    # One of a newer version, with newer defaults, keeps what the operator has written.
+    # An upgrade with new defaults keeps the changes of the operator.
     with (root / _CONFIG).open("a") as config:
         config.write('log_level = "debug"\n')
     with (root / _UNIT).open("a") as unit:
@@ -132,27 +132,27 @@ def test_from_the_first_installation_to_the_last_file(checkout: Checkout) -> Non
     (root / _STATE).parent.mkdir(parents=True)
     (root / _STATE).touch()
     kept = {name: _state(root / name) for name in (_CONFIG, _UNIT, _STATE)}
-    said = checkout.make("install")
-    assert f"kept       /{_CONFIG}, which was changed" in said
-    assert f"kept       /{_UNIT}, which was changed" in said
-    assert f"installed  /{_VOLUMES_UNIT}" in said
+    output = checkout.make("install")
+    assert f"kept       /{_CONFIG}, which was changed" in output
+    assert f"kept       /{_UNIT}, which was changed" in output
+    assert f"installed  /{_VOLUMES_UNIT}" in output
     assert _version(root) == "gpudockd 0.2.0"
     assert {name: _state(root / name) for name in kept} == kept
     assert "# newer" in (root / _VOLUMES_UNIT).read_text()
     assert "# newer" in (root / "srv/gpudock/share/gpudock/gpudockd.toml").read_text()
 
-    said = checkout.make("uninstall")
+    output = checkout.make("uninstall")
     for name in (_CONFIG, _UNIT):
-        assert f"kept       /{name}, which was changed" in said
-    assert "kept       /var/lib/gpudock: " in said
+        assert f"kept       /{name}, which was changed" in output
+    assert "kept       /var/lib/gpudock: " in output
     systemds = {str(path.relative_to("/")) for path in systemd.rglob("*")}
     assert checkout.files() - systemds == set(kept)
     assert {name: _state(root / name) for name in kept} == kept
     assert not (root / "srv/gpudock").exists()
-    assert checkout.make("uninstall").splitlines() == [line for line in said.splitlines() if line.startswith("kept")]
+    assert checkout.make("uninstall").splitlines() == [line for line in output.splitlines() if line.startswith("kept")]
 
 
-def test_what_is_not_ours_is_not_touched(checkout: Checkout) -> None:
+def test_files_of_others_are_not_changed(checkout: Checkout) -> None:
     others = checkout.root / "srv/gpudock/others"
     others.parent.mkdir(parents=True)
     others.touch()
@@ -170,6 +170,6 @@ def test_what_is_not_ours_is_not_touched(checkout: Checkout) -> None:
 
 
 def _version(root: Path) -> str:
-    """What the installed program says that it is."""
+    """Return the version that the installed program prints."""
     program = [str(root / "srv/gpudock/bin/python"), "-m", "gpudock_server", "--version"]
     return subprocess.run(program, check=True, capture_output=True, text=True, cwd="/").stdout.strip()

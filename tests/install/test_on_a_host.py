@@ -1,4 +1,4 @@
-"""Installing as README.md says, on a host of its own: its commands, the unit's ExecStart, a call, and the end."""
+"""The commands of README.md on a host: install, start by ExecStart of the unit, a call, upgrade and uninstall."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.deep
 
 _CONFIG = "/etc/gpudock/gpudockd.toml"
 _SECTION = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## Installing on a GPU host")[2]
-# Those of the list, without its indentation.
+# The commands of the list, without its indentation.
 _COMMANDS = [
     re.sub(r"^ +", "", text, flags=re.MULTILINE)
     for text in re.findall(r"^ *```sh\n(.*?)^ *```", _SECTION.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
@@ -28,21 +28,21 @@ _COMMANDS = [
 
 @pytest.fixture
 def host(clean_engine: Rig, tmp_path: Path) -> Iterator[Host]:
-    made = Host(clean_engine, tmp_path, environment())
-    yield made
-    made.close()
+    target = Host(clean_engine, tmp_path, environment())
+    yield target
+    target.close()
 
 
 @pytest.mark.timeout(900)
-def test_the_commands_of_the_readme(host: Host, rig: Rig) -> None:
-    # An operator who has settings already keeps them.
+def test_the_commands_of_the_readme_work(host: Host, rig: Rig) -> None:
+    # Existing settings of an operator are kept.
     operators = f'etcd_endpoints = ["{rig.etcd.endpoint}"]\netcd_prefix = "/installed/"\nnode_name = "installed"\n'
     host.run(f"mkdir -p /etc/gpudock; printf '%s' '{operators}' >{_CONFIG}")
     install, upgrade, uninstall = _COMMANDS
 
-    said = host.run(install)
-    assert f"kept       {_CONFIG}, which was changed" in said
-    assert "installed  /opt/gpudock" in said
+    output = host.run(install)
+    assert f"kept       {_CONFIG}, which was changed" in output
+    assert "installed  /opt/gpudock" in output
     calls = ["daemon-reload", "enable gpudock-volumes", "enable --now gpudockd"]
     assert _calls(host) == ["apt install etcd-server make python3-venv", *(f"systemctl {call}" for call in calls)]
     units = "/usr/local/lib/systemd/system/gpudockd.service /usr/local/lib/systemd/system/gpudock-volumes.service"
@@ -55,8 +55,8 @@ def test_the_commands_of_the_readme(host: Host, rig: Rig) -> None:
     host.run(f"gpudock create train {BUSYBOX} --gpus 2 -- sleep infinity", PATH=SYSTEM_PATH)
     assert "train" in host.run("gpudock gpus", PATH=SYSTEM_PATH)
 
-    said = host.run(upgrade)
-    assert "unchanged  /opt/gpudock" in said
+    output = host.run(upgrade)
+    assert "unchanged  /opt/gpudock" in output
     assert host.path(_CONFIG).read_text() == operators
     assert _calls(host) == ["systemctl restart gpudockd"]
 
@@ -69,13 +69,13 @@ def test_the_commands_of_the_readme(host: Host, rig: Rig) -> None:
 
     # systemctl would have ended it; the engine keeps the container.
     assert daemon.stop() == 0
-    said = host.run(uninstall)
+    output = host.run(uninstall)
     assert _calls(host) == [
         "systemctl --quiet disable --now gpudockd.service",
         "systemctl --quiet disable --now gpudock-volumes.service",
         "systemctl daemon-reload",
     ]
-    assert re.findall(r"^kept +([\w/.]+)", said, re.MULTILINE) == [_CONFIG, "/etc/gpudock", "/var/lib/gpudock"]
+    assert re.findall(r"^kept +([\w/.]+)", output, re.MULTILINE) == [_CONFIG, "/etc/gpudock", "/var/lib/gpudock"]
     left = host.run("find /etc /opt /usr/local /var/lib -not -type d -newer /run/ready").split()
     assert [path for path in left if not path.startswith("/var/lib/gpudock/")] == [_CONFIG]
     [container] = rig.engine.call("GET", "/containers/json")

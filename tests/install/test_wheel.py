@@ -1,4 +1,4 @@
-"""The wheel for a client: it brings nothing that is the daemon's; building it changes nothing in the checkout."""
+"""The wheel without extras: it needs no package of the daemon, and building it does not change the checkout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ assert importlib.util.find_spec("aiodocker") is None
 """
 
 
-def test_a_client_alone(tmp_path: Path) -> None:
+def test_the_client_works_without_the_daemon(tmp_path: Path) -> None:
     stub = REPOSITORY / "client/gpudock/v1/container_service_pb2.py"
     before = stub.stat()
     tools, client = tmp_path / "tools", tmp_path / "client"
