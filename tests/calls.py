@@ -52,6 +52,20 @@ class ExecResult:
     ended: bool = False
     """Whether the daemon has reported the end of the command."""
 
+    def add(self, response: exec_pb2.ExecContainerResponse) -> None:
+        """Add a message of an exec session."""
+        match response.WhichOneof("event"):
+            case "stdout":
+                self.stdout += response.stdout
+            case "stderr":
+                self.stderr += response.stderr
+            case "exited":
+                assert not self.ended, "the command has ended twice"
+                exited = response.exited
+                self.code = exited.code if exited.WhichOneof("result") == "code" else None
+                self.signal, self.message, self.timed_out = exited.signal, exited.message, exited.timed_out
+                self.ended = True
+
 
 @dataclass
 class Progress:
@@ -217,7 +231,8 @@ class Caller:
             ]
         result = ExecResult()
         try:
-            await self._read_exec(self.containers.ExecContainer(iterate(requests)), result)
+            async for response in self.containers.ExecContainer(iterate(requests)):
+                result.add(response)
         except grpc.aio.AioRpcError as error:
             # When a call ends while input is still being written, grpc.aio replaces the server's status with INTERNAL.
             # The end of the command has arrived in this case; an INTERNAL of the daemon would come in its place.
@@ -225,20 +240,6 @@ class Caller:
             if not (may_be_replaced and error.code() is grpc.StatusCode.INTERNAL):
                 raise
         return result
-
-    async def _read_exec(self, call: Any, result: ExecResult) -> None:
-        """Collect the messages of an exec session in `result` until the session ends."""
-        async for response in call:
-            match response.WhichOneof("event"):
-                case "stdout":
-                    result.stdout += response.stdout
-                case "stderr":
-                    result.stderr += response.stderr
-                case "exited":
-                    exited = response.exited
-                    result.code = exited.code if exited.WhichOneof("result") == "code" else None
-                    result.signal, result.message, result.timed_out = exited.signal, exited.message, exited.timed_out
-                    result.ended = True
 
     async def shell(self, container: str, script: str) -> str:
         """The standard output of a shell script in a container; raises AssertionError unless it exits with 0."""

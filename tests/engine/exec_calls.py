@@ -57,18 +57,8 @@ class ExecCall:
         response = await anext(self._responses, None)
         if response is None:
             return False
-        match response.WhichOneof("event"):
-            case "stdout":
-                self.result.stdout += response.stdout
-            case "stderr":
-                self.result.stderr += response.stderr
-            case _:
-                assert self.result.code is None, "the process ends twice"
-                assert not self.result.signal
-                exited = response.exited
-                self.result.code = exited.code if exited.WhichOneof("result") == "code" else None
-                self.result.signal, self.result.message = exited.signal, exited.message
-                self.result.timed_out = exited.timed_out
+        assert response.WhichOneof("event") != "started", "the process has started twice"
+        self.result.add(response)
         return True
 
     async def wait_for_output(self, text: bytes) -> None:
@@ -82,6 +72,7 @@ class ExecCall:
         async with asyncio.timeout(limit(60)):
             while await self.read():
                 pass
+        assert self.result.ended
         assert (self.result.code is None) != (not self.result.signal), self.result
         return self.result
 
@@ -90,8 +81,7 @@ class ExecCall:
         try:
             await self.wait_for_end()
         except grpc.aio.AioRpcError as error:
-            assert self.result.code is None
-            assert not self.result.signal
+            assert not self.result.ended
             return failure_of(error)
         raise AssertionError(f"the call succeeded: {self.result}")
 
