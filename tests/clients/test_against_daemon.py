@@ -179,10 +179,10 @@ async def _tour_of_history(commands: Commands, container: Any) -> None:
     assert await commands.output("exec", "tour", "--", "sh", "-c", "ls /note || echo $A") == "b\n"
     assert (await commands.read_json("revision", "get", "tour", "3"))["snapshot"]["kind"] == "SNAPSHOT_KIND_TREE"
     assert (await commands.read_json("revision", "get", "tour"))["cause"] == "REVISION_CAUSE_ROLLED_BACK"
-    clone = await commands.read_json("clone", "tour", "twin", "--revision", "3", "--gpus", "1", "--memory", "32MiB")
+    clone = await commands.read_json("clone", "tour", "clone-1", "--revision", "3", "--gpus", "1", "--memory", "32MiB")
     assert (clone["spec"]["env"], len(clone["status"]["gpu_uuids"]), clone["owner"]) == ({"A": "c"}, 1, "me")
-    assert await commands.output("exec", "twin", "--", "cat", "/note") == "kept\n"
-    assert await commands.output("delete", "twin", "--force") == ""
+    assert await commands.output("exec", "clone-1", "--", "cat", "/note") == "kept\n"
+    assert await commands.output("delete", "clone-1", "--force") == ""
     assert await commands.output("revision", "delete", "tour", "2") == ""
     assert [each["revision"] for each in await commands.read_json("revisions", "tour")] == ["1", "3", "4"]
 
@@ -233,11 +233,11 @@ async def test_an_update_changes_only_what_it_names(commands: Commands) -> None:
     assert all(text in shown for text in ("B=2\n", "C=3\n", "second:/s", "9999/tcp", "4 revisions, for 3600s"))
     # Without a number: to the previous revision, which is the first.
     assert (await commands.read_json("rollback", "train"))["spec"] == before
-    twin = await commands.read_json(
-        "clone", "train", "twin", "-e", "C=3", "--port-rm", "8888", "--gpus", "all", "-o", "json"
+    clone = await commands.read_json(
+        "clone", "train", "clone-1", "-e", "C=3", "--port-rm", "8888", "--gpus", "all", "-o", "json"
     )
-    assert (twin["spec"]["env"], twin["spec"]["ports"]) == ({"A": "1", "B": "2", "C": "3"}, [])
-    assert len(twin["status"]["gpu_uuids"]) == 7
+    assert (clone["spec"]["env"], clone["spec"]["ports"]) == ({"A": "1", "B": "2", "C": "3"}, [])
+    assert len(clone["status"]["gpu_uuids"]) == 7
     refused = await commands.run("update", "train", "-p", "1:9", "-p", "1:10", "--volume-rm", "data")
     assert "edits.remove_mounts[0]" in refused.err
     assert "edits.add_ports[1].host_port" in refused.err

@@ -304,7 +304,7 @@ def test_a_node_without_a_driver_shows_that_none_answers() -> None:
 
 def test_a_plan_omits_unknown_available_bytes() -> None:
     assert "available: 4.0 KiB" in plan_view(operation_pb2.OperationPlan(bytes_to_move=1, bytes_available=4096))
-    assert "room" not in plan_view(operation_pb2.OperationPlan(bytes_to_move=1))
+    assert "available" not in plan_view(operation_pb2.OperationPlan(bytes_to_move=1))
 
 
 async def test_inspect_prints_json_and_output_can_follow_the_command(change_server: ScriptedServer) -> None:

@@ -278,7 +278,7 @@ async def test_a_table_fits_the_terminal_without_losing_text(server: ScriptedSer
     shown = await _at_terminal(server.address, 80, *words.split())
     assert max(map(len, shown)) <= 80
     assert len(shown) > len(piped), "something had to wrap"
-    # A long cell continues in the lines below, beside other cells.
+    # A long cell continues in the lines below, next to other cells.
     assert sorted("".join(shown).replace(" ", "")) == sorted("".join(piped).replace(" ", ""))
     if words in {"ps", "operations list", "volume list"}:
         assert piped[1].split()[0] in "\n".join(shown), "the name is split over lines"
@@ -292,7 +292,7 @@ async def test_a_wide_terminal_shows_each_container_in_one_line(server: Scripted
     assert len(shown) == 3
 
 
-async def test_a_pipe_gets_one_line_for_each_container_whatever_columns_is(
+async def test_a_pipe_gets_one_line_for_each_container_for_any_columns(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
