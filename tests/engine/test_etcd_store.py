@@ -16,7 +16,8 @@ from gpudock_server.adapters.etcd import (
     EtcdStore,
     messages,
 )
-from gpudock_server.adapters.etcd.keys import KeyRange, Keys
+from gpudock_server.adapters.etcd.keys import SCHEMA, KeyRange, Keys
+from gpudock_server.adapters.etcd.values import encode_number
 from gpudock_server.core.listings import read_all_pages
 from gpudock_server.errors import InvalidArgument, RecordUnreadable, ResumeTokenExpired, StoreUnavailable
 from gpudock_server.model.claims import GpuKey, PortKey
@@ -230,20 +231,20 @@ async def test_operations_that_end_on_one_day_share_a_lease(
 async def test_a_newer_schema_is_refused_at_start_and_at_every_value(
     store: EtcdStore, connection: EtcdConnection, prefix: str
 ) -> None:
-    keys = Keys(prefix)
+    keys, newer = Keys(prefix), SCHEMA + 1
     await store.open()
-    await connection.txn(success=[messages.put(keys.container("web"), b'{"schema":4,"record":{"new":1}}')])
+    await connection.txn(success=[messages.put(keys.container("web"), b'{"schema":%d,"record":{"new":1}}' % newer)])
     with pytest.raises(
-        RecordUnreadable, match=r"containers/web cannot be read: written in schema 4 by a newer gpudock"
+        RecordUnreadable, match=f"containers/web cannot be read: written in schema {newer} by a newer gpudock"
     ):
         await store.container("web")
     await connection.txn(success=[messages.put(keys.container("web"), b"hello")])
     with pytest.raises(RecordUnreadable, match="not a gpudock record"):
         await store.container("web")
-    await connection.txn(success=[messages.put(keys.schema(), b"4")])
-    with pytest.raises(StartupError, match="has schema 4; this gpudockd supports up to 3") as newer:
+    await connection.txn(success=[messages.put(keys.schema(), encode_number(newer))])
+    with pytest.raises(StartupError, match=f"has schema {newer}; this gpudockd supports up to {SCHEMA}") as refused:
         await store.open()
-    assert "install the gpudock version that wrote it" in newer.value.hint
+    assert "install the gpudock version that wrote it" in refused.value.hint
     await connection.txn(success=[messages.put(keys.schema(), b"{}")])
     with pytest.raises(StartupError, match="not a number"):
         await store.open()
@@ -268,7 +269,7 @@ async def test_state_of_schema_1_is_upgraded(store: EtcdStore, connection: EtcdC
     # The schema is raised, so that an older daemon does not write into a state that it does not support.
     read = await connection.read(messages.get(keys.schema()), retry_for=RETRY_TIME)
     assert read.ranges[0].only is not None
-    assert read.ranges[0].only.value == b"3"
+    assert read.ranges[0].only.value == encode_number(SCHEMA)
 
 
 async def test_an_operation_of_schema_2_is_continued_in_the_current_schema(

@@ -68,7 +68,7 @@ from gpudock_server.model.resource import ResourceKind
 from gpudock_server.model.spec import Protocol
 
 # To be raised when an older daemon cannot read, or would damage, what this one writes.
-SCHEMA = 3
+SCHEMA = 4
 
 DEFAULT_PREFIX = "/gpudock/v1/"
 
