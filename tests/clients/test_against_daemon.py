@@ -318,7 +318,8 @@ async def test_exec_at_a_terminal(commands: Commands) -> None:
 async def test_an_operation_continues_after_ctrl_c_and_can_be_cancelled_or_watched(
     commands: Commands, real: Client
 ) -> None:
-    await real.containers.create("train", IMAGE, gpus=1, command=STUBBORN, stop_timeout=GRACE)
+    # Time enough for another command to start before the old process has ended.
+    await real.containers.create("train", IMAGE, gpus=1, command=STUBBORN, stop_timeout=limit(5))
     first = await _interrupted_scale(commands, gpus=2)
     cancelled = await commands.run("operations", "cancel", first, "--wait")
     assert cancelled.code == 0, cancelled

@@ -32,22 +32,24 @@ from tests.rig.patience import limit
 __all__ = ["daemons", "exec_caller"]
 
 
-async def test_a_disconnect_ends_the_processes_of_the_session_and_no_others(exec_caller: Caller) -> None:
+async def test_a_disconnect_ends_the_processes_of_the_session_and_no_others(daemons: IsolatedDaemons) -> None:
     ignores_hup, other_session, handles_hup = (next(unused_sleep_seconds) for _ in range(3))
     script = (
         f"setsid sleep {other_session} & (trap '' HUP; exec sleep {ignores_hup}) &"
         f" (trap 'usleep 200000; echo cleaned > /cleaned; exit' HUP; sleep {handles_hup} & wait) &"
         " echo ready; wait"
     )
-    call = await ExecCall(exec_caller, *shell(script)).begin()
-    await call.wait_for_output(b"ready\n")
-    sleeps = (ignores_hup, other_session, handles_hup)
-    await until_true(lambda: all(map(sleep_pids, sleeps)), "all processes run")
-    call.rpc.cancel()
-    await until_sleeps_end(ignores_hup, handles_hup)
-    assert await exec_caller.shell(BOX, "cat /cleaned") == "cleaned\n", "the child processes had no grace period"
-    (survivor,) = sleep_pids(other_session)
-    os.kill(survivor, signal.SIGKILL)
+    daemon = await daemons.start("--exec-hangup-grace", f"{limit(1):.1f}")
+    async with connect_with_container(daemon) as caller:
+        call = await ExecCall(caller, *shell(script)).begin()
+        await call.wait_for_output(b"ready\n")
+        sleeps = (ignores_hup, other_session, handles_hup)
+        await until_true(lambda: all(map(sleep_pids, sleeps)), "all processes run")
+        call.rpc.cancel()
+        await until_sleeps_end(ignores_hup, handles_hup)
+        assert await caller.shell(BOX, "cat /cleaned") == "cleaned\n", "the child processes had no grace period"
+        (survivor,) = sleep_pids(other_session)
+        os.kill(survivor, signal.SIGKILL)
 
 
 @pytest.mark.deep
