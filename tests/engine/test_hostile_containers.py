@@ -66,7 +66,7 @@ async def test_a_layer_with_any_content_moves_complete_or_is_refused(daemons: Is
         assert fingerprint(str(_inside(daemons, await caller.get("hostile"), "zoo"))) == planted
         tags = [tag for image in daemons.rig.engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
         assert (f"zoo/{daemons.id}:v1" in tags) == (shape not in _REFUSED_COMMITS)
-        assert not [tag for tag in tags if tag.startswith(("gpudock/raw", "gpudock/commit"))]
+        assert not [tag for tag in tags if tag.startswith(("gpudock/raw:", "gpudock/commit:"))]
 
         assert await caller.shell("neighbour", "echo well") == "well\n"
         for name in ("hostile", "neighbour"):

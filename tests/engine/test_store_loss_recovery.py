@@ -138,7 +138,7 @@ async def test_a_restore_that_is_killed_after_each_record_is_completed(
         for name in ("one", "gone"):
             await caller.create(name, 1, mounts=[container_pb2.Mount(volume="data", target="/v")])
             await caller.scale(name, cpus=0.5)
-        rig.engine.call("DELETE", f"/containers/{(await caller.get('removed')).status.engine_id}?force=1")
+        rig.engine.call("DELETE", f"/containers/{(await caller.get('gone')).status.engine_id}?force=1")
         await until_state(caller, "gone", FAILED)
         before = [restorable_container(await caller.get(name)) for name in ("one", "gone")]
         revisions = [await caller.revisions(name) for name in ("one", "gone")]
