@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -39,6 +40,16 @@ async def wait_for_drift(caller: Caller, kind: str, remedy: int | None = None, c
 
     await until(is_listed)
     return found[0]
+
+
+def expect_drift(
+    caller: Caller, kind: str, remedy: int | None = None, container: str = ""
+) -> asyncio.Task[drift_pb2.Drift]:
+    """Wait for a drift that the test is about to cause.
+
+    A repaired drift is listed only until the next reconcile, so a test that waits for the repair first can miss it.
+    """
+    return asyncio.create_task(wait_for_drift(caller, kind, remedy, container))
 
 
 async def wait_for_drift_log(daemon: Daemon, kind: str, about: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from gpudock.v1 import container_pb2
 
 from tests.calls import Caller, failure, progress_of, update_request
-from tests.engine.drift import docker_inspect, docker_update, list_drift, wait_for_drift, wait_for_passes
+from tests.engine.drift import docker_inspect, docker_update, expect_drift, list_drift, wait_for_passes
 from tests.engine.isolated_daemons import IsolatedDaemons, daemons, until
 from tests.rig import GLIBC, Rig
 
@@ -100,12 +100,13 @@ async def test_limits_above_the_maximum_of_the_node_are_refused(daemons: Isolate
         replaced = host_config(rig, await caller.scale("unlimited", shm_size_bytes=MIB))
         assert (replaced["Memory"], replaced["PidsLimit"]) == (128 * MIB, 128)
         # Limits that docker update changed become those of the spec again.
+        expected = expect_drift(caller, "LIMITS_CHANGED")
         docker_update(rig, changed.status.engine_id, PidsLimit=1000)
 
         async def is_restored() -> bool:
             return host_config(rig, changed)["PidsLimit"] == 512
 
         await until(is_restored)
-        drift = await wait_for_drift(caller, "LIMITS_CHANGED")
+        drift = await expected
         assert (drift.container, drift.actual) == ("limited", f"cpus=0.5 memory_bytes={256 * MIB} pids_limit=1000")
         await caller.delete_all()

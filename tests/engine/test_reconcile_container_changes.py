@@ -14,6 +14,7 @@ from tests.engine.drift import (
     docker_inspect,
     docker_update,
     engine_action,
+    expect_drift,
     list_drift,
     wait_for_drift,
     wait_for_passes,
@@ -120,6 +121,7 @@ async def test_a_restart_policy_that_docker_update_changed_is_restored(
     stopped = await quick_caller.create(f"{name}-stopped", 1)
     await quick_caller.stop(f"{name}-stopped")
     other = "always" if policy_name == "always" else "on-failure"
+    drift = expect_drift(quick_caller, "RESTART_POLICY_CHANGED", container=name)
     for container, policy in ((running, policy_name), (stopped, other)):
         docker_update(rig, container.status.engine_id, RestartPolicy={"Name": policy, "MaximumRetryCount": 0})
 
@@ -131,7 +133,7 @@ async def test_a_restart_policy_that_docker_update_changed_is_restored(
         return policies == ["unless-stopped", "no"]
 
     await until(policies_are_restored)
-    finding = await wait_for_drift(quick_caller, "RESTART_POLICY_CHANGED", container=name)
+    finding = await drift
     assert (finding.expected, finding.actual) == ("unless-stopped", policy_name)
     # A repaired policy is no longer listed two comparisons later.
     await wait_for_passes(quick_caller, 3)
@@ -147,13 +149,14 @@ async def test_limits_that_docker_update_changed_are_restored(quick_caller: Call
         host = docker_inspect(rig, container.status.engine_id)["HostConfig"]
         return host["NanoCpus"], host["Memory"]
 
+    drift = expect_drift(quick_caller, "LIMITS_CHANGED")
     docker_update(rig, limited.status.engine_id, NanoCpus=100_000_000, Memory=32 * MIB, MemorySwap=32 * MIB)
 
     async def limits_are_restored() -> bool:
         return limits(limited) == (500_000_000, 64 * MIB)
 
     await until(limits_are_restored)
-    finding = await wait_for_drift(quick_caller, "LIMITS_CHANGED")
+    finding = await drift
     assert (finding.container, finding.actual) == ("limited", f"cpus=0.1 memory_bytes={32 * MIB}")
     docker_update(rig, free.status.engine_id, NanoCpus=100_000_000)
 

@@ -22,6 +22,7 @@ from tests.engine.drift import (
     REPORTED,
     docker_inspect,
     engine_action,
+    expect_drift,
     list_drift,
     wait_for_drift,
     wait_for_passes,
@@ -101,12 +102,13 @@ async def test_a_start_that_failed_in_the_engine_is_retried_until_it_succeeds(
         return "tried 2 times" in (await wait_for_drift(retrying_caller, "START_FAILED", PENDING, "late")).plan
 
     await until(tried_twice)
+    repaired = expect_drift(retrying_caller, "START_FAILED", REPAIRED, "late")
     rig.gpus.restore(gpu)
     await until_state(retrying_caller, "late", RUNNING)
     after = await retrying_caller.get("late")
     assert after.status.engine_id == created.status.engine_id
     assert list(after.status.gpu_uuids) == [gpu]
-    assert (await wait_for_drift(retrying_caller, "START_FAILED", container="late")).remedy == REPAIRED
+    await repaired
 
 
 async def test_containers_that_were_stopped_or_have_no_policy_are_not_started_again(

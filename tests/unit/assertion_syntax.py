@@ -10,7 +10,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 
 # Helpers that fail unless they find what their arguments describe.
-_EXPECTING = frozenset({"wait_for_drift", "wait_for_drift_log", "raises"})
+_EXPECTING = frozenset({"wait_for_drift", "wait_for_drift_log", "expect_drift", "raises"})
 
 
 @dataclass(frozen=True)

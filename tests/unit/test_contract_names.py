@@ -19,6 +19,7 @@ from gpudock_server import errors
 from tests.unit.assertion_syntax import TESTS, AssertedExpression, asserted_expressions
 
 # These tests run gpudockd on an engine and a store. In other tests a name may come from the input of the test.
+_DRIFT_HELPERS = ("wait_for_drift", "wait_for_drift_log", "expect_drift")
 _REAL = ("engine", "faults", "stateful", "vm")
 
 
@@ -50,9 +51,7 @@ _VOLUME_CAUSES = _values(volume_pb2.VolumeRevisionCause.keys(), "VOLUME_REVISION
 
 def test_every_kind_of_drift_is_expected_by_a_test(real: list[AssertedExpression]) -> None:
     assert {
-        kind
-        for kind in _KINDS
-        if not any(asserted.names("DRIFT_KIND_", kind, "wait_for_drift", "wait_for_drift_log") for asserted in real)
+        kind for kind in _KINDS if not any(asserted.names("DRIFT_KIND_", kind, *_DRIFT_HELPERS) for asserted in real)
     } == set()
 
 
