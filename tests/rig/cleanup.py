@@ -142,7 +142,7 @@ def leftovers(rig: RigId) -> list[str]:
 def destroy(rig: RigId) -> list[str]:
     """Kill the processes of a rig, then remove its mounts, loop devices, control groups and files; idempotent.
 
-    Returns what could not be removed within 20 s, as `leftovers` does.
+    Returns what could not be removed within 20 s, one description for each, like `leftovers`.
     """
     deadline = time.monotonic() + _REMOVAL_SECONDS
     while _kill(rig) and time.monotonic() < deadline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeVar
 
 import click
 
@@ -15,8 +15,12 @@ from gpudock.cli._wait import follow
 
 F = TypeVar("F", bound=Callable[..., object])
 
-# Calls the RPC of the change with `validate_only` and `etag`.
-Begin: TypeAlias = Callable[[Client, bool, str], OperationCall[Container]]
+
+class Begin(Protocol):
+    """Calls the RPC of a change."""
+
+    def __call__(self, client: Client, *, validate_only: bool, etag: str) -> OperationCall[Container]: ...
+
 
 validate_only_option = click.option(
     "--validate-only", is_flag=True, help="Print the plan and the changes of the spec, and change nothing."
@@ -32,11 +36,11 @@ yes_option = click.option(
 def change(session: Session, name: str, begin: Begin, *, etag: str = "", validate_only: bool, yes: bool) -> None:
     """Change the container `name` and print it; with `validate_only` print the plan alone."""
     if validate_only:
-        session.show_plan(lambda client: begin(client, True, etag).plan())  # noqa: FBT003 - Begin takes it by position
+        session.show_plan(lambda client: begin(client, validate_only=True, etag=etag).plan())
         return
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         etag = _confirm_restart(session, name, begin, etag)
-    changed = session.run(lambda client: follow(begin(client, False, etag), name))  # noqa: FBT003 - Begin takes it by position
+    changed = session.run(lambda client: follow(begin(client, validate_only=False, etag=etag), name))
     session.output.row(changed, _views.CONTAINER)
 
 
@@ -45,7 +49,7 @@ def _confirm_restart(session: Session, name: str, begin: Begin, etag: str) -> st
 
     async def planned(client: Client) -> tuple[OperationPlan, str]:
         current = etag or (await client.containers.get(name)).etag
-        return await begin(client, True, current).plan(), current  # noqa: FBT003 - Begin takes it by position
+        return await begin(client, validate_only=True, etag=current).plan(), current
 
     plan, current = session.run(planned)
     if plan.restarts_process:

@@ -42,7 +42,7 @@ def start(session: Session, **flags: Unpack[_StartFlags]) -> None:
     choice = gpu_choice(flags)
     gpus, etag = session.run(lambda client: resolve_gpus(client, flags["name"], choice))
 
-    def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - Begin takes it by position
+    def begin(client: Client, *, validate_only: bool, etag: str) -> OperationCall[Container]:
         return client.containers.start(
             flags["name"], gpus=gpus, snapshots=flags["snapshots"], validate_only=validate_only, etag=etag
         )

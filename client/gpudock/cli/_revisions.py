@@ -40,7 +40,7 @@ def rollback(
     """
     number, etag = session.run(lambda client: _target(client, name, revision))
 
-    def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - Begin takes it by position
+    def begin(client: Client, *, validate_only: bool, etag: str) -> OperationCall[Container]:
         return client.containers.rollback(
             name, number, spec_only=spec_only, snapshots=snapshots, validate_only=validate_only, etag=etag
         )

@@ -55,7 +55,7 @@ def scale(session: Session, **flags: Unpack[_Flags]) -> None:
         raise click.UsageError("nothing to change: give --gpus, --gpu, --cpus, --memory or --shm-size")
     gpus, etag = session.run(lambda client: resolve_gpus(client, flags["name"], choice))
 
-    def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - Begin takes it by position
+    def begin(client: Client, *, validate_only: bool, etag: str) -> OperationCall[Container]:
         return client.containers.scale(
             flags["name"],
             gpus=gpus,

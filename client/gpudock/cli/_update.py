@@ -77,7 +77,7 @@ def update(session: Session, **flags: Unpack[_Flags]) -> None:
     gpus, etag = session.run(lambda client: resolve_gpus(client, flags["name"], choice))
     changes = change_arguments(given if gpus is None else {**given, "gpus": gpus}, parts, flags)
 
-    def begin(client: Client, validate_only: bool, etag: str) -> OperationCall[Container]:  # noqa: FBT001 - Begin takes it by position
+    def begin(client: Client, *, validate_only: bool, etag: str) -> OperationCall[Container]:
         return _begin(client, flags, changes, etag, validate_only=validate_only)
 
     change(session, flags["name"], begin, etag=etag, validate_only=flags["validate_only"], yes=flags["yes"])

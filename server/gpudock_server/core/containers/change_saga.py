@@ -445,5 +445,5 @@ class ChangeSaga(Saga[ContainerView]):
         return [PutContainer(container, expect=view.version), *released]
 
 
-def _steps_if(condition: bool, *steps: Step) -> tuple[Step, ...]:  # noqa: FBT001 (reads as a sentence where it is used)
+def _steps_if(condition: bool, *steps: Step) -> tuple[Step, ...]:  # noqa: FBT001 - the condition comes first, as in an if statement
     return steps if condition else ()
